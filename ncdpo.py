@@ -1,0 +1,1165 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "gymnasium[mujoco]>=1.1", "mujoco>=3.1", "numpy", "matplotlib", "tyro", "tqdm"]
+# ///
+"""NCDPO: reinforcement learning of diffusion policies by backpropagation through the denoising steps, in one file.
+
+A diffusion policy turns Gaussian noise into an action in K denoising steps, so the likelihood of an action, which PPO
+needs, is an intractable integral over that noise. NCDPO (arXiv 2505.10482) draws all the noise first and calls it part
+of the state. Given the noise, the chain is a deterministic, differentiable function; a small Gaussian (or a softmax) on
+its end makes the likelihood exact; and plain PPO then sends its gradient back through all K steps. Beside it stand the
+two methods that it must be compared with: PPO with an MLP, and DPPO, which calls every denoising step a decision.
+
+    python ncdpo.py --env HalfCheetah-v4                  # train; the run is a folder, runs/HalfCheetah-v4__ncdpo__1
+    python ncdpo.py --env HalfCheetah-v4 --algo ppo       # the same lines with an MLP policy (or --algo dppo)
+    python ncdpo.py --evaluate runs/HalfCheetah-v4__ncdpo__1
+    python ncdpo.py --resume runs/HalfCheetah-v4__ncdpo__1
+
+Sections: 1 configuration, 2 noise schedule, 3 networks, 4 policies, 5 environments, 6 rollout and advantages, 7 PPO
+update, 8 checkpoints, evaluation and curves, 9 training, 10 command line. NCDPO itself is sections 2, 4 and 7.
+Labels E1 ... E15 name the equations of README.md. Letters: B batch, S observation, A action (or logits), K denoising
+steps, M scored decisions per action, T steps of a rollout, N environments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import typing
+import warnings
+from collections import deque
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+# ===== 1  Configuration ===============================================================================================
+
+
+class UserError(Exception):
+    """A mistake of the user's or of their machine, told in one sentence that names the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """The gist of somebody else's exception."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything that decides a run. Algorithms differ by `algo` alone; see `Config.for_task` for the presets."""
+
+    # --- what to run
+    env: str = "HalfCheetah-v4"  # Gymnasium id of the task (Box observations; Box or Discrete actions)
+    algo: Literal["ncdpo", "ppo", "dppo"] = "ncdpo"  # what the policy is; nothing else differs
+    seed: int = 1  # seed of the weights, the noise and the environments
+    total_timesteps: int = 1_000_000  # environment steps, summed over the environments
+
+    # --- the diffusion policy
+    denoising_steps: int = 5  # K, from 1 to 100
+    predict: Literal["sample", "epsilon", "v"] = "sample"  # what the network predicts (E2, E3)
+    eta: float = 1.0  # noise of the reverse chain (E4): 1 is DDPM, 0 is DDIM
+    clip_denoised: float = 1.0  # the clean estimate is clipped to [-c, c] at each denoising step (E3)
+    temperature: float = 0.1  # tau of the softmax over denoised logits (E8), for Discrete actions
+    min_std: float = 0.1  # DPPO only: floor of each denoising step's standard deviation (E15)
+    gamma_denoising: float = 0.99  # DPPO only: discount of the advantage per denoising step still to go (E15)
+
+    # --- networks
+    hidden: int = 128  # width of the two hidden layers of actor and critic
+    activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
+    init_std: float = 0.22  # initial sigma of the final Gaussian (E7), for Box actions of ncdpo and ppo
+
+    # --- PPO
+    num_envs: int = 16  # parallel environments N
+    num_steps: int = 128  # steps T of each environment in a rollout; N * T transitions make an update
+    learning_rate: float = 5e-4  # of Adam
+    anneal_lr: bool = True  # let the learning rate fall linearly to zero
+    gamma: float = 0.98  # discount of rewards
+    gae_lambda: float = 0.92  # lambda of generalised advantage estimation
+    minibatch_size: int = 512  # transitions in a minibatch; a remainder smaller than that is left out of the epoch
+    update_epochs: int = 5  # passes over each rollout
+    clip_coef: float = 0.2  # clip of the likelihood ratio (E12)
+    clip_vloss: bool = False  # clip the value's change by clip_coef as well
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+    target_kl: float | None = None  # stop the epochs of an update once the approximate KL exceeds this
+    norm_obs: bool = True  # normalise observations by running statistics
+    norm_reward: bool = True  # scale rewards by the running standard deviation of the discounted return
+
+    # --- machine and output
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    vector: Literal["sync", "async", "envpool"] = "sync"  # Gymnasium's, or the package envpool
+    compile: bool = True  # torch.compile of acting and of the loss (about ten seconds at the start)
+    checkpoint_chain: bool = False  # recompute the chain in the backward pass: less memory, slower
+    runs: str = "runs"  # folder of the run folders
+    checkpoint_every: int = 50  # updates between two checkpoints
+    episodes: int = 10  # episodes of an evaluation
+    tensorboard: bool = False  # also write TensorBoard logs (optional package)
+
+    @classmethod
+    def for_task(cls, env: str, **given) -> "Config":
+        """The defaults of a task: those of this class, then the preset of its family (PRESETS), then what is given."""
+        family = env.split("/")[-1].rsplit("-v", 1)[0]
+        return cls(**{"env": env, **PRESETS.get(family, {}), **given})
+
+    def check(self) -> None:
+        """Raises UserError for the first field out of its range."""
+        for name, kind in typing.get_type_hints(Config).items():
+            value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+                raise UserError(f"{flag} must be one of {', '.join(typing.get_args(kind))}, not {value!r}.")
+            if isinstance(value, (int, float)):
+                low, high = LIMITS.get(name, (1e-9, math.inf))
+                if not (low <= value <= high and math.isfinite(value)):
+                    limits = f"between {low} and {high}" if high < math.inf else "0 or more" if low == 0 else "above 0"
+                    raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
+        batch = self.num_envs * self.num_steps
+        rollout = f"the {batch} transitions of a rollout (--num-envs {self.num_envs} x --num-steps {self.num_steps})"
+        if self.minibatch_size > batch:
+            raise UserError(f"--minibatch-size {self.minibatch_size} is larger than {rollout}; make it smaller.")
+        if self.total_timesteps < batch:
+            raise UserError(f"--total-timesteps {self.total_timesteps} is less than {rollout}; raise it.")
+
+
+NON_NEGATIVE, FRACTION, SWITCH = (0, math.inf), (0, 1), (False, True)
+LIMITS = dict(seed=NON_NEGATIVE, ent_coef=NON_NEGATIVE, vf_coef=NON_NEGATIVE, denoising_steps=(1, 100), eta=FRACTION,
+              gamma=FRACTION, gae_lambda=FRACTION, gamma_denoising=FRACTION)  # all other numbers must be positive
+LIMITS |= {name: SWITCH for name, kind in typing.get_type_hints(Config).items() if kind is bool}
+PRESETS: dict[str, dict] = {}
+
+# ===== 2  Noise schedule ==============================================================================================
+
+
+class Schedule(nn.Module):
+    """Tables of the cosine schedule (Nichol and Dhariwal, 2021) and the steps that use them (E1, E3, E4).
+
+    Each table has shape (K + 1, 1) and is indexed by k, an int or a LongTensor (k = 0 stands for clean data), so that
+    `table[k]` broadcasts against (..., A). Float64 inside, stored in torch's default dtype.
+    """
+
+    def __init__(self, steps: int, predict: str, eta: float, clip: float):
+        super().__init__()
+        self.clip = clip
+        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
+        now, before = abar[1:], abar[:-1]
+        sigma = eta * torch.sqrt((1 - before) / (1 - now) * beta)
+        # E4 is linear in (x0hat, x_k): write eps_tilde out once and for all
+        on_eps = torch.sqrt((1 - before - sigma**2).clamp(min=0)) / torch.sqrt(1 - now)
+        # E3 is linear in (network output, x_k), whatever the network predicts
+        out, skip = {"sample": (torch.ones_like(now), torch.zeros_like(now)),
+                     "epsilon": (-torch.sqrt((1 - now) / now), 1 / torch.sqrt(now)),
+                     "v": (-torch.sqrt(1 - now), torch.sqrt(now))}[predict]
+        tables = dict(abar=abar, sigma=sigma, from_output=out, from_noisy=skip,
+                      to_clean=torch.sqrt(before) - on_eps * torch.sqrt(now), to_noisy=on_eps)
+        for name, table in tables.items():
+            table = table if name == "abar" else torch.cat([torch.zeros(1, dtype=torch.float64), table])
+            self.register_buffer(name, table.to(torch.get_default_dtype())[:, None], persistent=False)
+
+    def diffuse(self, x0, k, eps):
+        """Forward process (E1): x_k from clean x0 and standard normal eps, both (..., A)."""
+        return torch.sqrt(self.abar[k]) * x0 + torch.sqrt(1 - self.abar[k]) * eps
+
+    def clean(self, output, x, k):
+        """Clean estimate x0hat (E3) from the network's output at x_k, both (..., A), clipped to [-clip, clip]."""
+        return (self.from_output[k] * output + self.from_noisy[k] * x).clamp(-self.clip, self.clip)
+
+    def mu(self, x0hat, x, k):
+        """Mean of x_{k-1} given x_k (E4): DDPM's posterior mean at eta = 1, DDIM's step at eta = 0."""
+        return self.to_clean[k] * x0hat + self.to_noisy[k] * x
+
+
+# ===== 3  Networks ====================================================================================================
+
+ACTIVATIONS = {"silu": nn.SiLU, "tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+def linear(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    """Linear layer with orthogonal weights and zero bias, as PPO's implementations have it."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, hidden: int, outputs: int, activation: str, gain: float) -> nn.Sequential:
+    """Two hidden layers; `gain` scales the last layer's initial weights."""
+    act = ACTIVATIONS[activation]
+    return nn.Sequential(linear(inputs, hidden), act(), linear(hidden, hidden), act(), linear(hidden, outputs, gain))
+
+
+class Denoiser(nn.Module):
+    """net(x_k, k, s): an MLP of [x_k, s, embedding of k] with two hidden layers.
+
+    The first layer is a sum of three products; those of s and of k do not depend on x_k, so `given` computes them once
+    for a whole chain and `forward` adds them. At initialisation the output is nearly zero: an untrained "sample" chain
+    then proposes nearly the zero action, like an untrained MLP.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, steps: int, hidden: int, activation: str, embedding: int = 16):
+        super().__init__()
+        self.split = [act_dim, obs_dim, embedding]
+        self.first = linear(sum(self.split), hidden)
+        self.act = ACTIVATIONS[activation]()
+        self.rest = nn.Sequential(linear(hidden, hidden), ACTIVATIONS[activation](), linear(hidden, act_dim, 0.01))
+        freq = torch.exp(-math.log(1000) * torch.arange(embedding // 2) / (embedding // 2))
+        angle = torch.arange(steps + 1)[:, None] * freq
+        self.register_buffer("embedding", torch.cat([angle.sin(), angle.cos()], -1), persistent=False)
+
+    def given(self, obs):
+        """What a chain computes once: the first layer's part of s, (B, hidden), and of every k, (K + 1, hidden)."""
+        _, of_obs, of_k = self.first.weight.split(self.split, dim=1)
+        return F.linear(obs, of_obs, self.first.bias), F.linear(self.embedding, of_k)
+
+    def forward(self, x, k, of_obs, of_k):
+        """Network output (..., A) at x_k (..., A); k an int, or a LongTensor that broadcasts with x's leading axes."""
+        of_x = self.first.weight[:, :self.split[0]]
+        return self.rest(self.act(F.linear(x, of_x) + of_obs + of_k[k]))
+
+
+class Normalizer(nn.Module):
+    """Running mean and variance over a batch axis (Chan et al., parallel form), saved with the weights."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.zeros(()))
+
+    def update(self, x):
+        """Take in a batch x of shape (B, dim)."""
+        n, mean, var = len(x), x.mean(0), x.var(0, unbiased=False)
+        total = self.count + n
+        delta = mean - self.mean
+        self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
+        self.mean += delta * n / total
+        self.count.copy_(total)
+
+    def forward(self, x):
+        """x in standard deviations from the mean, clipped to [-10, 10]."""
+        return ((x - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
+
+
+# ===== 4  Policies ====================================================================================================
+
+
+class Gaussian(nn.Module):
+    """Final Gaussian N(action; mean, diag(sigma^2)) for Box actions (E7); log sigma is learnt unless `fixed`."""
+
+    def __init__(self, dim: int, std: float, fixed: bool = False):
+        super().__init__()
+        self.log_std = nn.Parameter(torch.full((dim,), math.log(std)), requires_grad=not fixed)
+
+    def noise(self, mean_shape, device):
+        return torch.randn(mean_shape, device=device)
+
+    def sample(self, mean, noise):
+        return mean + self.log_std.exp() * noise
+
+    def mode(self, mean):
+        return mean
+
+    def log_prob(self, mean, action):
+        z = (action - mean) * torch.exp(-self.log_std)
+        return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self, mean):
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(mean))
+
+
+class Categorical(nn.Module):
+    """Final softmax(logits / tau) for Discrete actions (E8)."""
+
+    def __init__(self, temperature: float):
+        super().__init__()
+        self.temperature = temperature
+
+    def noise(self, logits_shape, device):
+        return -torch.log(torch.empty(logits_shape, device=device).exponential_())  # Gumbel
+
+    def sample(self, logits, noise):
+        return (logits / self.temperature + noise).argmax(-1)
+
+    def mode(self, logits):
+        return logits.argmax(-1)
+
+    def log_prob(self, logits, action):
+        return F.log_softmax(logits / self.temperature, -1).gather(-1, action[..., None]).squeeze(-1)
+
+    def entropy(self, logits):
+        log_p = F.log_softmax(logits / self.temperature, -1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+
+class Policy(nn.Module):
+    """A deterministic mean with one distribution on its end. Subclasses say what the mean is; DPPO scores more.
+
+    sample(obs) -> action (B, A) or (B,), log_prob (B, M), latent       what the rollout calls
+    log_prob(obs, action, latent) -> (B, M)                             the same number, now with a gradient
+    `latent` is what must be remembered to score the action again; `weight` (M,) scales the advantage per decision.
+    """
+
+    latent_steps = 0  # latent has shape (B, latent_steps, A)
+
+    def __init__(self, act_dim: int, head: nn.Module):
+        super().__init__()
+        self.act_dim, self.head = act_dim, head
+        self.register_buffer("weight", torch.ones(1), persistent=False)
+
+    def mean(self, obs, latent):
+        raise NotImplementedError
+
+    def noise(self, n: int, device):
+        """All randomness of n actions, drawn before anything is computed: (latent noise, the head's noise)."""
+        return (torch.randn(n, self.latent_steps, self.act_dim, device=device),
+                self.head.noise((n, self.act_dim), device))
+
+    def sample(self, obs, deterministic: bool = False):
+        """Draw actions; `deterministic` leaves out the head's noise but not that of the chain."""
+        return self.act(obs, *self.noise(len(obs), obs.device), deterministic)
+
+    def act(self, obs, latent, noise, deterministic: bool = False):
+        """The action as a deterministic function of observation and noise; see `sample`."""
+        mean = self.mean(obs, latent)
+        action = self.head.mode(mean) if deterministic else self.head.sample(mean, noise)
+        return action, self.head.log_prob(mean, action)[:, None], latent
+
+    def evaluate(self, obs, action, latent):
+        """Log-likelihood of each decision (B, M) and entropy of the head (B,), with gradients."""
+        mean = self.mean(obs, latent)
+        return self.head.log_prob(mean, action)[:, None], self.head.entropy(mean)
+
+    def log_prob(self, obs, action, latent):
+        """Log-likelihood of each decision, (B, M)."""
+        return self.evaluate(obs, action, latent)[0]
+
+
+class MLPPolicy(Policy):
+    """The baseline of the field: pi(a | s) = N(a; mlp(s), sigma^2), or a softmax."""
+
+    def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool):
+        super().__init__(act_dim, Categorical(1.0) if discrete else Gaussian(act_dim, config.init_std))
+        self.net = mlp(obs_dim, config.hidden, act_dim, config.activation, gain=0.01)
+
+    def mean(self, obs, latent):
+        return self.net(obs)
+
+
+class DiffusionPolicy(Policy):
+    """What NCDPO and DPPO share: a denoiser, a schedule, and behaviour cloning."""
+
+    def __init__(self, config: Config, obs_dim: int, act_dim: int, head: nn.Module):
+        super().__init__(act_dim, head)
+        self.K = self.latent_steps = config.denoising_steps
+        self.predict, self.checkpoint_chain = config.predict, config.checkpoint_chain
+        self.schedule = Schedule(self.K, config.predict, config.eta, config.clip_denoised)
+        self.denoiser = Denoiser(obs_dim, act_dim, self.K, config.hidden, config.activation)
+
+    def mu(self, x, k, given):
+        """Mean of x_{k-1} given x_k and s (E3, E4); shapes as in Denoiser.forward."""
+        return self.schedule.mu(self.schedule.clean(self.denoiser(x, k, *given), x, k), x, k)
+
+    def bc_loss(self, obs, action):
+        """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random k."""
+        k = torch.randint(1, self.K + 1, (len(obs),), device=obs.device)
+        eps = torch.randn_like(action)
+        abar = self.schedule.abar[k]
+        target = {"epsilon": eps, "sample": action,
+                  "v": torch.sqrt(abar) * eps - torch.sqrt(1 - abar) * action}[self.predict]
+        return F.mse_loss(self.denoiser(self.schedule.diffuse(action, k, eps), k, *self.denoiser.given(obs)), target)
+
+
+class NCDPO(DiffusionPolicy):
+    """Noise-conditioned policy (E6-E8): the denoising chain is the mean, its noise omega is part of the state (E9)."""
+
+    def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool):
+        head = Categorical(config.temperature) if discrete else Gaussian(act_dim, config.init_std)
+        super().__init__(config, obs_dim, act_dim, head)
+
+    def mean(self, obs, omega):
+        """f_theta(s, omega) (E6), the mean action (B, A) of given noise omega = (x_K, z_K, ..., z_2), (B, K, A)."""
+        return self.chain(obs, omega)[-1]
+
+    def chain(self, obs, omega) -> list[torch.Tensor]:
+        """The reverse chain x_K, ..., x_0, each (B, A) (E5). Nothing is detached: autograd through it is BPDT (E13)."""
+        given = self.denoiser.given(obs)
+        xs = [omega[:, 0]]
+        for k in range(self.K, 0, -1):
+            arguments = xs[-1], k, omega[:, self.K + 1 - k] if k > 1 else None, given
+            if self.checkpoint_chain and torch.is_grad_enabled():
+                xs.append(checkpoint(self.step, *arguments, use_reentrant=False, preserve_rng_state=False))
+            else:
+                xs.append(self.step(*arguments))
+        return xs
+
+    def step(self, x, k, z, given):
+        """Reverse step (E5): x_{k-1} = mu_k(x_k, s) + sigma_k z_k, (B, A); sigma_1 = 0, so the last step has no z."""
+        mu = self.mu(x, k, given)
+        return mu if z is None else mu + self.schedule.sigma[k] * z
+
+
+class DPPO(DiffusionPolicy):
+    """Diffusion Policy Policy Optimization (arXiv 2409.00588): every denoising step is a decision, M = K (E15).
+
+    Its likelihoods need no gradient through the chain: log_prob scores all K stored transitions in one parallel pass.
+    The last step (k = 1) is the head's: a Gaussian of standard deviation min_std, or the softmax of E8.
+    """
+
+    def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool):
+        head = Categorical(config.temperature) if discrete else Gaussian(act_dim, config.min_std, fixed=True)
+        super().__init__(config, obs_dim, act_dim, head)
+        std = self.schedule.sigma.clamp(min=config.min_std)
+        steps_to_go = torch.arange(self.K - 1, -1, -1)
+        self.register_buffer("std", std, persistent=False)
+        self.register_buffer("ks", steps_to_go + 1, persistent=False)
+        self.register_buffer("weight", config.gamma_denoising ** steps_to_go.float(), persistent=False)
+
+    def step_log_prob(self, x_before, mu, k):
+        """log N(x_{k-1}; mu_k, max(sigma_k, sigma_min)^2) of E15, summed over the action's coordinates."""
+        z = (x_before - mu) / self.std[k]
+        return (-0.5 * z**2 - torch.log(self.std[k]) - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def act(self, obs, latent, noise, deterministic: bool = False):
+        given = self.denoiser.given(obs)
+        x, chain, log_prob = latent[:, 0], [latent[:, 0]], []
+        for k in range(self.K, 1, -1):
+            mu = self.mu(x, k, given)
+            x = mu + self.std[k] * latent[:, self.K + 1 - k]
+            log_prob.append(self.step_log_prob(x, mu, k))
+            chain.append(x)
+        mean = self.mu(x, 1, given)
+        action = self.head.mode(mean) if deterministic else self.head.sample(mean, noise)
+        log_prob.append(self.head.log_prob(mean, action))
+        return action, torch.stack(log_prob, 1), torch.stack(chain, 1)
+
+    def evaluate(self, obs, action, latent):
+        of_obs, of_k = self.denoiser.given(obs)
+        mu = self.mu(latent, self.ks, (of_obs[:, None], of_k))  # (B, K, A), all steps at once
+        last = self.head.log_prob(mu[:, -1], action)[:, None]
+        return (torch.cat([self.step_log_prob(latent[:, 1:], mu[:, :-1], self.ks[:-1]), last], 1),
+                self.head.entropy(mu[:, -1]))
+
+
+class Agent(nn.Module):
+    """Policy, critic and the normalisers of observations and rewards: all that a checkpoint must hold."""
+
+    def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool):
+        super().__init__()
+        policy = {"ncdpo": NCDPO, "ppo": MLPPolicy, "dppo": DPPO}[config.algo]
+        self.policy = policy(config, obs_dim, act_dim, discrete)
+        self.critic = mlp(obs_dim, config.hidden, 1, config.activation, gain=1.0)
+        self.obs_norm, self.reward_norm = Normalizer(obs_dim), Normalizer(1)
+        self.norm_obs = config.norm_obs
+
+    def normalize(self, obs):
+        return self.obs_norm(obs) if self.norm_obs else obs
+
+    def value(self, obs):
+        """V of normalised observations (..., S) -> (...)."""
+        return self.critic(obs).squeeze(-1)
+
+    def act(self, obs, latent, noise, deterministic: bool = False):
+        """Policy.act on raw observations."""
+        return self.policy.act(self.normalize(obs), latent, noise, deterministic)
+
+
+# ===== 5  Environments ================================================================================================
+
+
+class LeanSyncVectorEnv(gym.vector.SyncVectorEnv):
+    """Gymnasium's SyncVectorEnv without merging the infos that nobody reads (a tenth of HalfCheetah's time)."""
+
+    def _add_info(self, vector_infos, env_info, env_num):
+        if "final_obs" not in env_info:
+            return vector_infos
+        return super()._add_info(vector_infos, {"final_obs": env_info["final_obs"]}, env_num)
+
+
+class EnvPoolVectorEnv:
+    """EnvPool (C++ environments in threads) behind the part of SyncVectorEnv's interface that VectorEnv uses.
+
+    EnvPool resets an ended environment in the NEXT step; here it is reset at once, as in AutoresetMode.SAME_STEP.
+    """
+
+    def __init__(self, env_id: str, num_envs: int):
+        try:
+            import envpool
+        except ImportError:
+            raise UserError("--vector envpool needs the package envpool: pip install envpool.") from None
+        if env_id not in envpool.list_all_envs():
+            raise UserError(f"EnvPool has no task {env_id!r}; use --vector sync.")
+        threads = min(num_envs, torch.get_num_threads())
+        self.make = lambda seed: envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads,
+                                              seed=seed)
+        self.pool = self.make(0)
+        self.single_observation_space, self.single_action_space = self.pool.observation_space, self.pool.action_space
+
+    def reset(self, seed):
+        self.pool = self.make(seed)  # EnvPool takes seeds only here
+        return self.pool.reset()
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.pool.step(action)
+        ended = np.flatnonzero(terminated | truncated).astype(np.int32)
+        if not len(ended):
+            return obs, reward, terminated, truncated, {}
+        final_obs, obs = obs, obs.copy()
+        first_obs, info = self.pool.reset(ended)
+        obs[info["env_id"]] = first_obs
+        return obs, reward, terminated, truncated, {"final_obs": final_obs}
+
+    def close(self):
+        self.pool.close()
+
+
+class VectorEnv:
+    """N copies of a task that take and give tensors on `device`.
+
+    reset(seed) -> obs (N, S);  step(action) -> obs, reward, terminated, truncated, final_obs
+    Box actions live in [-1, 1] here and are clipped and rescaled; final_obs (N, S) is where each step really led: it
+    differs from obs (where the next step starts) in those environments that ended and were reset in the same step.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, device: torch.device, vector: str = "sync", render: bool = False):
+        check_env_id(env_id)
+        self.env_id, self.num_envs, self.device, self.vector = env_id, num_envs, device, vector
+        self.envs = EnvPoolVectorEnv(env_id, num_envs) if vector == "envpool" else self._make_gymnasium(render)
+        obs_space, act_space = self.envs.single_observation_space, self.envs.single_action_space
+        if not isinstance(obs_space, gym.spaces.Box):
+            raise UserError(f"observations of {env_id} are {obs_space}; only Box is supported, so wrap the environment "
+                            "(gymnasium.wrappers.FlattenObservation makes a Box of most spaces).")
+        self.discrete = isinstance(act_space, gym.spaces.Discrete)
+        if self.discrete:
+            self.act_dim, self.start = int(act_space.n), int(act_space.start)
+        elif isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded():
+            self.act_dim = act_space.shape[0]
+            self.center, self.scale = (act_space.high + act_space.low) / 2, (act_space.high - act_space.low) / 2
+        else:
+            raise UserError(f"actions of {env_id} are {act_space}; only Discrete and bounded one-dimensional Box "
+                            "actions are supported, so wrap the environment (gymnasium.wrappers.TransformAction).")
+        self.obs_dim, self.act_space = int(np.prod(obs_space.shape)), act_space
+
+    def _make_gymnasium(self, render: bool):
+        make = lambda: gym.make(self.env_id, disable_env_checker=True, render_mode="rgb_array" if render else None)
+        kind = LeanSyncVectorEnv if self.vector == "sync" else gym.vector.AsyncVectorEnv
+        mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of HalfCheetah's XML, N times
+        try:
+            with warnings.catch_warnings(), signals(signal.SIG_IGN, signal.SIGINT):  # Ctrl-C is not for the workers
+                warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
+                return kind([make] * self.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        except (gym.error.Error, ImportError) as error:
+            raise UserError(f"cannot make {self.env_id}: {error}") from error
+        finally:
+            mujoco.set_mju_user_warning(None)
+
+    def reset(self, *seed: int):
+        """First observations (N, S) of new episodes; every environment gets its own seed, derived from `seed`."""
+        seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(self.num_envs) // 2]
+        return self._tensor(self.envs.reset(seed=seeds)[0])
+
+    def step(self, action):
+        """Action (N, A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N,), two bool tensors (N,)."""
+        action = action.cpu().numpy()
+        action = action + self.start if self.discrete else self.center + self.scale * action.clip(-1, 1)
+        try:
+            obs, reward, terminated, truncated, info = self.envs.step(action.astype(self.act_space.dtype, copy=False))
+        except Exception as error:
+            raise UserError(f"{self.env_id} raised {type(error).__name__} in step: {error}") from error
+        final_obs = obs
+        if "final_obs" in info:
+            final_obs, ended = obs.copy(), terminated | truncated
+            final_obs[ended] = np.stack(info["final_obs"][ended])
+        return (self._tensor(obs), torch.as_tensor(reward, dtype=torch.float32).to(self.device),
+                torch.as_tensor(terminated).to(self.device), torch.as_tensor(truncated).to(self.device),
+                self._tensor(final_obs))
+
+    def _tensor(self, obs):
+        return torch.as_tensor(obs.reshape(self.num_envs, -1), dtype=torch.float32).to(self.device)
+
+    def frame(self):
+        """Picture of the first environment, (height, width, 3) uint8."""
+        return self.envs.envs[0].render()
+
+    def close(self):
+        self.envs.close()
+
+
+@contextmanager
+def signals(handler, *numbers):
+    """Handle these signals by `handler` inside the block (only the main thread may, and needs to)."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if here}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_env_id(env_id: str) -> None:
+    """Raises UserError, with the nearest names, unless Gymnasium knows `env_id`."""
+    try:
+        gym.spec(env_id)
+    except (gym.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, n=3)
+        raise UserError(f"unknown environment {env_id!r}" + (f"; did you mean {' or '.join(near)}?" if near else
+                        f" ({error}); gymnasium.pprint_registry() lists the known ones.")) from None
+
+
+# ===== 6  Rollout and advantages ======================================================================================
+
+
+class Rollout:
+    """Buffers of one rollout, allocated once on the device; every tensor is (T, N, ...), observations are raw."""
+
+    def __init__(self, config: Config, env: VectorEnv, agent: Agent):
+        policy, shape = agent.policy, (config.num_steps, env.num_envs)
+        new = lambda *more, dtype=torch.float32: torch.zeros(*shape, *more, dtype=dtype, device=env.device)
+        self.obs, self.final_obs = new(env.obs_dim), new(env.obs_dim)
+        self.action = new(dtype=torch.int64) if env.discrete else new(env.act_dim)
+        self.latent, self.log_prob = new(policy.latent_steps, env.act_dim), new(len(policy.weight))
+        self.reward, self.terminated, self.ended = new(), new(), new()
+        self.seconds_policy = self.seconds_simulation = 0.0
+
+    @torch.no_grad()
+    def collect(self, env: VectorEnv, agent: Agent, act, obs):
+        """Fill the buffers from `obs` on; `act` is agent.act, perhaps compiled. Returns the next observation (N, S)."""
+        self.seconds_policy = self.seconds_simulation = 0.0
+        for t in range(len(self.obs)):
+            start = time.perf_counter()
+            action, log_prob, latent = act(obs, *agent.policy.noise(env.num_envs, env.device))
+            self.obs[t], self.action[t], self.log_prob[t], self.latent[t] = obs, action, log_prob, latent
+            acted = time.perf_counter()
+            obs, self.reward[t], terminated, truncated, self.final_obs[t] = env.step(self.action[t])
+            self.terminated[t], self.ended[t] = terminated, terminated | truncated
+            self.seconds_policy += acted - start
+            self.seconds_simulation += time.perf_counter() - acted
+        return obs
+
+
+class Episodes:
+    """Returns and lengths of the episodes that end in each rollout, from the buffers' rewards and ends."""
+
+    def __init__(self, num_envs: int):
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs)
+
+    def take(self, reward, ended):
+        """reward, ended (T, N) -> list of (return, length) of the episodes that ended."""
+        finished = []
+        for r, end in zip(reward.cpu().numpy().astype(np.float64), ended.cpu().numpy().astype(bool)):
+            self.returns += r
+            self.lengths += 1
+            if end.any():
+                finished += zip(self.returns[end].tolist(), self.lengths[end].tolist())
+                self.returns[end] = self.lengths[end] = 0
+        return finished
+
+
+def discounted_sums(reward, ended, carry, gamma: float):
+    """Running discounted sum of rewards (T, N) from `carry` (N,) on, as reward normalisation wants it."""
+    sums = torch.empty_like(reward)
+    for t in range(len(reward)):
+        sums[t] = carry = carry * gamma + reward[t]
+        carry = carry * (1 - ended[t])
+    return sums, carry
+
+
+def advantages(reward, value, final_value, terminated, ended, gamma: float, gae_lambda: float):
+    """Generalised advantage estimation (Schulman et al., 2016), the A of E10 and E12; every argument is (T, N).
+
+    final_value is the value of where a step led, before any reset: a termination has no future, a truncation has one,
+    and the trace is cut at both.
+    """
+    delta = reward + gamma * (1 - terminated) * final_value - value
+    keep = gamma * gae_lambda * (1 - ended)
+    result, trace = torch.empty_like(delta), torch.zeros_like(delta[0])
+    for t in range(len(delta) - 1, -1, -1):
+        result[t] = trace = delta[t] + keep[t] * trace
+    return result
+
+
+# ===== 7  PPO update ==================================================================================================
+
+
+def ppo_loss(agent: Agent, config: Config, obs, action, latent, old_log_prob, old_value, advantage, target):
+    """PPO's loss on a minibatch (E11, E12), the same lines for all algorithms: one ratio for each of M decisions.
+
+    obs (B, S) normalised, old_log_prob (B, M), the last three (B,). Returns the loss and a tensor of diagnostics:
+    policy loss, value loss, entropy, approximate KL (Schulman's k3 estimator, summed over M), clip fraction.
+    """
+    log_prob, entropy = agent.policy.evaluate(obs, action, latent)
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    if config.norm_adv:
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    A = advantage[:, None] * agent.policy.weight
+    policy_loss = -torch.min(ratio * A, ratio.clamp(1 - config.clip_coef, 1 + config.clip_coef) * A).mean()
+    value = agent.value(obs)
+    value_loss = 0.5 * (value - target) ** 2
+    if config.clip_vloss:
+        clipped = old_value + (value - old_value).clamp(-config.clip_coef, config.clip_coef)
+        value_loss = torch.max(value_loss, 0.5 * (clipped - target) ** 2)
+    value_loss, entropy = value_loss.mean(), entropy.mean()
+    with torch.no_grad():
+        kl = (ratio - 1 - log_ratio).sum(-1).mean()
+        clip_fraction = ((ratio - 1).abs() > config.clip_coef).float().mean()
+    loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
+    return loss, torch.stack([policy_loss.detach(), value_loss.detach(), entropy.detach(), kl, clip_fraction])
+
+
+def update(agent: Agent, config: Config, optimizer, loss_function, batch: dict) -> dict:
+    """All epochs of PPO on a batch of flat tensors; returns diagnostics, averaged over the minibatches taken."""
+    size, total, taken = len(batch["obs"]), 0.0, 0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for _ in range(config.update_epochs):
+        order = torch.randperm(size, device=batch["obs"].device)
+        kl = 0.0
+        for start in range(0, size - config.minibatch_size + 1, config.minibatch_size):
+            pick = order[start:start + config.minibatch_size]
+            loss, diagnostics = loss_function(**{name: tensor[pick] for name, tensor in batch.items()})
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            total, taken, kl = total + torch.cat([diagnostics, norm[None]]), taken + 1, kl + diagnostics[3]
+        if config.target_kl is not None and kl * config.minibatch_size / size > config.target_kl:
+            break
+    names = ["policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm"]
+    return dict(zip(names, (total / taken).tolist()))
+
+
+def chain_gradient(agent: Agent, obs, action, omega, advantage) -> tuple[np.ndarray, float]:
+    """BPDT measured (E13): norms of dL/dx_k for k = K ... 0, L = -mean(log pi A), and the clipped fraction of x_0.
+
+    Arguments as in ppo_loss. Rising from left to right the gradient vanishes on its way to the first denoising steps,
+    falling it explodes.
+    """
+    xs = agent.policy.chain(obs, omega.clone().requires_grad_())
+    loss = -(agent.policy.head.log_prob(xs[-1], action) * advantage).mean()
+    norms = [g.norm().item() for g in torch.autograd.grad(loss, xs)]
+    return np.array(norms), (xs[-1].abs() >= agent.policy.schedule.clip).float().mean().item()
+
+
+# ===== 8  Checkpoints, evaluation and curves ==========================================================================
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write atomically: a full disk or a kill in the middle leaves the previous checkpoint as it was."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({first_line(error)}); free some space, then --resume") from error
+
+
+def load_config(run: Path) -> Config:
+    """Configuration of a run folder; raises UserError where there is none."""
+    try:
+        return Config(**json.loads((run / "config.json").read_text()))
+    except OSError:
+        raise UserError(f"{run} is not a run folder: it has no readable config.json.") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{run / 'config.json'} is not a configuration of this program: {error}.") from None
+
+
+def load_checkpoint(run: Path, agent: Agent, env: VectorEnv) -> dict:
+    """Put a run folder's weights and normalisers into `agent`; returns the rest, the state of Trainer.state_dict.
+
+    Raises UserError for a file that is missing, damaged, foreign, or of another task or architecture.
+    """
+    path, spaces = run / "checkpoint.pt", [env.obs_dim, env.act_dim, env.discrete]
+    if not path.is_file():
+        raise UserError(f"{run} has no checkpoint.pt: give a run folder whose training came to its first checkpoint.")
+    try:
+        state = torch.load(path, map_location=env.device, weights_only=True)
+        missing = {"env", "spaces", "update", "seconds", "agent", "optimizer", "random"} - set(state)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise UserError(f"{path} is damaged or is no checkpoint: {first_line(error)}") from None
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}.")
+    if state["env"] != env.env_id or state["spaces"] != spaces:
+        raise UserError(f"{path} is of {state['env']} with [observations, actions, discrete] = {state['spaces']}, "
+                        f"not of {env.env_id} with {spaces}; leave out --env.")
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError:
+        raise UserError(f"{path} is of another architecture than the flags given; leave out --algo, --hidden, "
+                        "--denoising-steps and their like.") from None
+    return state
+
+
+@torch.no_grad()
+def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, device: str = "auto") -> dict:
+    """Play whole episodes of a saved run: `episodes` with the final Gaussian (or softmax), as many without it.
+
+    The normaliser is frozen, the chain keeps its noise, the seeds are not those of training, and each environment plays
+    exactly one episode, so that short ones are not over-represented. `video` names a .gif or .mp4 of the first episode
+    without noise. Returns {"with noise": {"return", "length": arrays}, "without noise": same, "ms per action": float}.
+    """
+    run, config = Path(run), load_config(Path(run))
+    env = VectorEnv(config.env, episodes, pick_device(device), render=video is not None)
+    agent = Agent(config, env.obs_dim, env.act_dim, env.discrete).to(env.device)
+    load_checkpoint(run, agent, env)
+    result: dict = {}
+    seed, frames = 1_000_003 + config.seed, []  # apart from the seeds of training
+    with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
+        for name in ("with noise", "without noise"):
+            torch.manual_seed(seed)
+            obs, alive = env.reset(seed), np.ones(episodes, bool)
+            returns, lengths = np.zeros(episodes), np.zeros(episodes)
+            while alive.any():
+                if video and name == "without noise" and alive[0]:
+                    frames.append(env.frame())
+                action = agent.act(obs, *agent.policy.noise(episodes, env.device), name == "without noise")[0]
+                obs, reward, terminated, truncated, _ = env.step(action)
+                returns += alive * reward.cpu().numpy()
+                lengths += alive
+                alive &= ~(terminated | truncated).cpu().numpy()
+            result[name] = {"return": returns, "length": lengths}
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            agent.act(obs[:1], *agent.policy.noise(1, env.device))[0].cpu()
+            times.append(1000 * (time.perf_counter() - start))
+        result["ms per action"] = float(np.median(times))
+    env.close()
+    if video:
+        import imageio  # comes with gymnasium[mujoco]
+
+        try:
+            imageio.mimsave(video, frames)
+        except (ValueError, ImportError, OSError) as error:
+            raise UserError(f"cannot write {video} ({first_line(error)}); a name that ends in .gif always works, .mp4 "
+                            "needs pip install imageio-ffmpeg.") from None
+    return result
+
+
+def describe(result: dict) -> str:
+    """An evaluation as text."""
+    spread = lambda x: f"{x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
+    return "\n".join([f"{name:>13}: return {spread(result[name]['return'])}, length {spread(result[name]['length'])}"
+                      for name in ("with noise", "without noise")]
+                     + [f"   one action: {result['ms per action']:.2f} ms (batch 1)"])
+
+
+COLUMNS = ["update", "step", "seconds", "episodes", "return", "length", "approx_kl", "clip_fraction",
+           "explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm", "sigma", "chain_gradient_ratio",
+           "chain_clipped", "learning_rate", "seconds_simulation", "seconds_policy", "seconds_update"]
+
+
+class Metrics:
+    """metrics.csv of a run, one row an update, and TensorBoard's log if asked for."""
+
+    def __init__(self, run: Path, keep: int, tensorboard: bool):
+        """Goes on after the row of update `keep`: what a killed run wrote after its last checkpoint is dropped."""
+        self.path, self.board = run / "metrics.csv", None
+        kept = [row for row in self.rows() if int(row["update"]) <= keep] if keep and self.path.is_file() else []
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run))
+        self.file = open(self.path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(kept)
+
+    def write(self, row: dict) -> None:
+        self.writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+        self.file.flush()
+        for name, value in row.items() if self.board else ():
+            self.board.add_scalar(name, value, row["step"])  # flushed every two minutes and at exit
+
+    def rows(self) -> list[dict[str, str]]:
+        with open(self.path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def history(self) -> dict[str, np.ndarray]:
+        """One float array per column; an empty cell (no episode ended, no chain) is NaN."""
+        rows = self.rows()
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
+
+    def plot(self, title: str) -> None:
+        """curve.png beside metrics.csv: return of the training episodes against steps and against seconds."""
+        from matplotlib.figure import Figure
+
+        history, figure = self.history(), Figure(figsize=(9, 3.2), layout="constrained")
+        there = ~np.isnan(history["return"])
+        for axes, x in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds")):
+            axes.plot(history[x][there], history["return"][there], color="black", linewidth=1)
+            axes.set_xlabel({"step": "environment steps", "seconds": "seconds of wall clock"}[x])
+            axes.grid(alpha=0.3)
+        figure.axes[0].set_ylabel("return of training episodes")
+        figure.suptitle(title)
+        figure.savefig(self.path.with_name("curve.png"), dpi=120)
+
+
+# ===== 9  Training ====================================================================================================
+
+
+def pick_device(name: str) -> torch.device:
+    """torch.device of auto, cpu, cuda, cuda:N or mps; raises UserError where it is not there."""
+    if name == "auto":  # not mps: slower than the CPU for networks this small
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try --device auto.") from None
+
+
+def compiler(config: Config, device: torch.device):
+    """torch.compile as a function of one function, or, with one warning, the identity where no compiler works."""
+    if not config.compile:
+        return lambda function: function
+    compiled = lambda function: torch.compile(
+        function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+    try:
+        compiled(lambda x: torch.sin(x) + 1)(torch.zeros(8, device=device))
+        return compiled
+    except Exception as error:  # whatever is missing: a C++ compiler, Python's headers, Triton
+        warnings.warn(f"torch.compile does not work here ({first_line(error)}): training without it, more slowly")
+        return lambda function: function
+
+
+def new_run_folder(config: Config) -> Path:
+    """runs/<env>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
+    name = "__".join([config.env.replace("/", "_").replace(":", "_"), config.algo, str(config.seed)])
+    for attempt in range(1, 10_000):
+        run = Path(config.runs) / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            continue
+    raise UserError(f"{config.runs} already holds thousands of runs named {name}; choose another folder with --runs.")
+
+
+class Trainer:
+    """The state of a training run and its one verb: `iterate` plays a rollout and learns from it."""
+
+    def __init__(self, config: Config):
+        config.check()
+        self.config, self.device = config, pick_device(config.device)
+        torch.manual_seed(config.seed)
+        self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector)
+        self.agent = Agent(config, self.env.obs_dim, self.env.act_dim, self.env.discrete).to(self.device)
+        self.parameters = [p for p in self.agent.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=1e-5, fused=True)
+        compiled = compiler(config, self.device)
+        self.act = compiled(self.agent.act)
+        self.loss = compiled(lambda **batch: ppo_loss(self.agent, config, **batch))
+        self.rollout, self.episodes = Rollout(config, self.env, self.agent), Episodes(config.num_envs)
+        self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
+        self.batch_size = config.num_envs * config.num_steps
+        self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
+        self.obs = self.env.reset(config.seed)
+
+    def __str__(self) -> str:
+        c, env = self.config, self.env
+        chain = f" (K = {c.denoising_steps}, predict {c.predict}, eta {c.eta:g})" if c.algo != "ppo" else ""
+        return (f"{c.algo}{chain} on {c.env}: {env.obs_dim} observations, {env.act_dim} "
+                f"{'discrete actions' if env.discrete else 'action coordinates'}, "
+                f"{sum(p.numel() for p in self.parameters):,} parameters, {c.num_envs} environments ({c.vector}), "
+                f"{self.device} with {torch.get_num_threads()} threads")
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds: tensors, numbers and strings only."""
+        env = self.env
+        state = {"env": env.env_id, "spaces": [env.obs_dim, env.act_dim, env.discrete], "update": self.done,
+                 "seconds": self.seconds, "agent": self.agent.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def resume(self, run: Path) -> None:
+        """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
+        state = load_checkpoint(run, self.agent, self.env)
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
+        if self.device.type == "cuda" and "random_cuda" in state:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
+        self.done, self.seconds = state["update"], state["seconds"]
+        if self.done >= self.updates:
+            raise UserError(f"{run} is finished after {self.done * self.batch_size:,} steps; raise --total-timesteps "
+                            "to go on.")
+        self.obs = self.env.reset(self.config.seed, self.done)
+
+    def iterate(self) -> dict:
+        """One rollout and one update; returns the row of metrics.csv."""
+        config, agent, rollout, start = self.config, self.agent, self.rollout, time.perf_counter()
+        learning_rate = config.learning_rate * (1 - self.done / self.updates if config.anneal_lr else 1)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.obs = rollout.collect(self.env, agent, self.act, self.obs)
+        finished = self.episodes.take(rollout.reward, rollout.ended)
+        collected = time.perf_counter()
+
+        with torch.no_grad():
+            obs, reward = agent.normalize(rollout.obs), rollout.reward
+            if config.norm_reward:
+                sums, self.carry = discounted_sums(reward, rollout.ended, self.carry, config.gamma)
+                agent.reward_norm.update(sums.reshape(-1, 1))
+                reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10)
+            value, final_value = agent.value(obs), agent.value(agent.normalize(rollout.final_obs))
+            advantage = advantages(reward, value, final_value, rollout.terminated, rollout.ended,
+                                   config.gamma, config.gae_lambda)
+            target = advantage + value
+            agent.obs_norm.update(rollout.obs.flatten(0, 1))  # only now: the rollout was played with the old statistics
+        batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, old_log_prob=rollout.log_prob,
+                     old_value=value, advantage=advantage, target=target)
+        batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+        self.require_finite("an observation, action or reward", *(t.sum() for t in batch.values()))
+        row = update(agent, config, self.optimizer, self.loss, batch)
+        self.require_finite("the loss or its gradient", *row.values())
+
+        if config.algo == "ncdpo":
+            few = {name: tensor[:128] for name, tensor in batch.items()}
+            norms, clipped = chain_gradient(agent, few["obs"], few["action"], few["latent"], few["advantage"])
+            row |= {"chain_gradient_ratio": norms[1] / max(norms[-1], 1e-30), "chain_clipped": clipped}
+        if not self.env.discrete:
+            row["sigma"] = agent.policy.head.log_std.exp().mean().item()
+        if finished:
+            row["return"], row["length"] = np.mean(finished, axis=0).tolist()
+        self.done += 1
+        end = time.perf_counter()
+        self.seconds += end - start
+        return row | {
+            "update": self.done, "step": self.done * self.batch_size, "seconds": self.seconds,
+            "episodes": len(finished), "learning_rate": learning_rate,
+            "explained_variance": (1 - (target - value).var() / target.var().clamp(min=1e-8)).item(),
+            "seconds_simulation": rollout.seconds_simulation, "seconds_policy": rollout.seconds_policy,
+            "seconds_update": end - collected}
+
+    def require_finite(self, what: str, *numbers) -> None:
+        if not all(math.isfinite(number) for number in numbers):
+            raise UserError(f"{what} became infinite or not a number in update {self.done + 1} (a lower "
+                            "--learning-rate may help)")
+
+
+def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndarray]:
+    """Train, and return the history: one array per column of metrics.csv, one entry per update.
+
+    Writes a new run folder (see new_run_folder), or goes on in the folder `resume`: same weights, optimiser,
+    normalisers, random states and schedule, while the environments start new episodes. Raises UserError.
+    """
+    trainer = Trainer(config)
+    if resume is not None:
+        trainer.resume(Path(resume))
+    run = new_run_folder(config) if resume is None else Path(resume)
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    print(f"{trainer}; writing {run}", flush=True)
+    metrics, resume_command = Metrics(run, trainer.done, config.tensorboard), f"python ncdpo.py --resume {run}"
+    size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, deque(maxlen=20)
+    started, spent, stop = time.perf_counter(), dict(simulation=0.0, policy=0.0, update=0.0), []
+
+    def handle(number, frame):  # finish the update, then save; a second signal interrupts at once
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(signal.Signals(number).name)
+
+    with (signals(handle, signal.SIGINT, signal.SIGTERM), tqdm(
+            total=trainer.updates * size, initial=first * size, unit=" steps", unit_scale=True, smoothing=0.05,
+            disable=not sys.stderr.isatty()) as bar):
+        try:
+            while trainer.done < trainer.updates and not stop:
+                row = trainer.iterate()
+                metrics.write(row)
+                spent = {name: seconds + row[f"seconds_{name}"] for name, seconds in spent.items()}
+                recent.extend([row["return"]] if row["episodes"] else [])
+                shown = f"return {np.mean(recent):.1f}" if recent else "no episode has ended"
+                bar.set_postfix_str(shown, refresh=False)
+                bar.update(size)
+                twentieth = 20 * trainer.done // trainer.updates
+                if bar.disable and twentieth > 20 * (trainer.done - 1) // trainer.updates:  # no terminal: plain lines
+                    pace = (time.perf_counter() - started) / (trainer.done - first)  # seconds an update
+                    print(f"{row['step']:>13,} steps ({5 * twentieth}%), {shown}, {size / pace:,.0f} steps/s, "
+                          f"{pace * (trainer.updates - trainer.done):.0f} s left", flush=True)
+                if trainer.done % config.checkpoint_every == 0 or trainer.done == trainer.updates or stop:
+                    save_checkpoint(run / "checkpoint.pt", trainer.state_dict())
+                    saved = trainer.done
+        except UserError as error:
+            kept = f"the checkpoint of update {saved} is kept: {resume_command}" if saved else "no checkpoint exists yet"
+            raise UserError(f"{error}; {kept}") from error
+        finally:
+            trainer.env.close()
+            metrics.file.close()
+    elapsed, steps = time.perf_counter() - started, (trainer.done - first) * size
+    print(f"{steps:,} steps in {elapsed:.1f} s, {steps / elapsed:,.0f} steps/s: "
+          + ", ".join(f"{name} {seconds / elapsed:.0%}" for name, seconds in spent.items()), flush=True)
+    print(describe(evaluate(run, config.episodes, device=str(trainer.device))))
+    metrics.plot(f"{config.algo} on {config.env}, seed {config.seed}")
+    print(f"stopped by {stop[0]}; to go on: {resume_command}" if stop else f"curve: {run / 'curve.png'}", flush=True)
+    return metrics.history()
+
+
+# ===== 10  Command line ===============================================================================================
+
+
+@dataclasses.dataclass
+class CommandLine(Config):
+    """NCDPO, PPO and DPPO in one file: trains a policy unless --evaluate is given."""
+
+    resume: str | None = None  # go on with this run folder; its config.json gives the defaults of all other flags
+    evaluate: str | None = None  # evaluate this run folder instead of training
+    video: str | None = None  # with --evaluate: film the first episode into this .gif or .mp4 file
+
+
+def parse(arguments: list[str]) -> tuple[Config, CommandLine]:
+    """Command line -> configuration; the defaults are those of the task (PRESETS) or of the run folder named."""
+    import tyro
+
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--env", "--resume", "--evaluate"):
+        peek.add_argument(flag)
+    early, _ = peek.parse_known_args(arguments)
+    run = early.resume or early.evaluate
+    defaults = load_config(Path(run)) if run else Config.for_task(early.env or Config.env)
+    line = tyro.cli(CommandLine, args=arguments, default=CommandLine(**dataclasses.asdict(defaults)))
+    names = [field.name for field in dataclasses.fields(Config)]
+    return Config(**{name: getattr(line, name) for name in names}), line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 for a mistake told in one sentence, 130 for a second Ctrl-C."""
+    try:
+        config, line = parse(sys.argv[1:] if arguments is None else arguments)
+        if line.evaluate:
+            print(describe(evaluate(line.evaluate, config.episodes, line.video, config.device)))
+        else:
+            train(config, line.resume)
+    except UserError as error:
+        print(f"ncdpo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ncdpo: interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Training curves of the comparison: make them, and turn them into the table and the figure of README.md.
+
+    python notebooks/curves.py train HalfCheetah-v4 ncdpo    # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
+    python notebooks/curves.py                               # all curves/*.csv -> the table (printed) and curves.png
+
+Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
+(environment steps at the row's end), seconds (of wall clock until then), episodes (that ended within the row), and the
+means of return and length over those episodes, empty where no episode ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+COLUMNS = ["seed", "step", "seconds", "episodes", "return", "length"]
+ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
+
+
+def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
+    """The history that `ncdpo.train` returns, as `bins` rows with the columns above (all but the seed)."""
+    rows, edges = [], np.linspace(0, history["step"][-1], bins + 1)
+    for low, high in zip(edges[:-1], edges[1:]):
+        inside = (history["step"] > low) & (history["step"] <= high) & (history["episodes"] > 0)
+        weight = history["episodes"][inside]
+        mean = lambda name: f"{np.average(history[name][inside], weights=weight):.5g}" if len(weight) else ""
+        seconds = np.interp(high, history["step"], history["seconds"])
+        rows.append({"step": round(high), "seconds": f"{seconds:.1f}", "episodes": int(weight.sum()),
+                     "return": mean("return"), "length": mean("length")})
+    return rows
+
+
+def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], name: str) -> None:
+    """Run the seeds, `jobs` at a time with one thread each, and write the CSV file; finished runs are not repeated."""
+    runs = HERE.parent / "runs" / name
+
+    def one(seed: int) -> None:
+        run = runs / f"{env}__{algo}__{seed}"
+        if not (run / "curve.png").exists():  # the last thing that a finished run writes
+            command = [sys.executable, str(HERE.parent / "ncdpo.py"), "--env", env, "--algo", algo, "--seed", str(seed),
+                       "--runs", str(runs), *flags]
+            with open(runs / f"{env}__{algo}__{seed}.log", "w") as log:
+                subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        print(run, flush=True)
+
+    runs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, seeds))
+    with open(HERE / "curves" / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for seed in seeds:
+            with open(runs / f"{env}__{algo}__{seed}" / "metrics.csv", newline="") as metrics:
+                rows = list(csv.DictReader(metrics))
+            history = {c: np.array([float(row[c] or "nan") for row in rows]) for c in COLUMNS[1:]}
+            writer.writerows({"seed": seed, **row} for row in thin(history))
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """A CSV file as arrays (seeds, rows) by column."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    seeds = len({row["seed"] for row in rows})
+    return {c: np.array([float(row[c] or "nan") for row in rows]).reshape(seeds, -1) for c in COLUMNS}
+
+
+def returns(curve: dict[str, np.ndarray]) -> np.ndarray:
+    """Return at every row (seeds, rows), interpolated over the rows in which no episode ended."""
+    return np.array([np.interp(step, step[there := ~np.isnan(r)], r[there])
+                     for step, r in zip(curve["step"], curve["return"])])
+
+
+def final(curve: dict[str, np.ndarray]) -> np.ndarray:
+    """Mean return of the episodes of the last tenth of training, per seed."""
+    last = slice(-curve["step"].shape[1] // 10, None)
+    episodes = curve["episodes"][:, last]
+    return np.nansum(curve["return"][:, last] * episodes, 1) / episodes.sum(1)
+
+
+def area(curve: dict[str, np.ndarray]) -> np.ndarray:
+    """Mean return over all of training (the area under the curve over its length), per seed."""
+    return returns(curve).mean(1)
+
+
+def interquartile_mean(x, axis: int = -1) -> np.ndarray:
+    """Mean without the lowest and the highest quarter, each rounded down (Agarwal et al., 2021; scipy's trim_mean)."""
+    x = np.sort(np.asarray(x, float), axis)
+    cut = x.shape[axis] // 4
+    return np.take(x, range(cut, x.shape[axis] - cut), axis).mean(axis)
+
+
+def bootstrap(x, resamples: int = 20_000, seed: int = 0) -> np.ndarray:
+    """Interquartile means of `resamples` resamples over seeds of x (seeds, ...): (resamples, ...)."""
+    x = np.asarray(x, float)
+    pick = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
+    return interquartile_mean(x[pick], 1)
+
+
+def interval(samples) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval of 95%."""
+    return tuple(np.percentile(samples, [2.5, 97.5], axis=0))
+
+
+def load(folder: Path) -> dict[str, dict[str, dict]]:
+    """curves[env][algo] of the files <env>__<algo>.csv."""
+    curves: dict[str, dict[str, dict]] = {}
+    for path in sorted(folder.glob("*__*.csv")):
+        env, algo = path.stem.split("__")
+        if algo in ALGORITHMS:
+            curves.setdefault(env, {})[algo] = read(path)
+    return curves
+
+
+def table(curves: dict[str, dict[str, dict]]) -> str:
+    """The comparison as Markdown: interquartile means over seeds, 95% bootstrap intervals, ratios to NCDPO."""
+    lines = ["| task | algorithm | seeds | final return | area under the curve | NCDPO's final / this | NCDPO's area / this "
+             "| minutes a run |", "|---|---|---|---|---|---|---|---|"]
+    for env, by_algo in curves.items():
+        for algo in (a for a in ALGORITHMS if a in by_algo):
+            curve, cells = by_algo[algo], []
+            for measure in (final, area):
+                low, high = interval(bootstrap(measure(curve)))
+                cells.append(f"{interquartile_mean(measure(curve)):.0f} [{low:.0f}, {high:.0f}]")
+            for measure in (final, area):
+                if algo == "ncdpo" or "ncdpo" not in by_algo:
+                    cells.append("")
+                    continue
+                ours, theirs = measure(by_algo["ncdpo"]), measure(curve)
+                low, high = interval(bootstrap(ours, seed=1) / bootstrap(theirs, seed=2))
+                cells.append(f"{interquartile_mean(ours) / interquartile_mean(theirs):.2f} [{low:.2f}, {high:.2f}]")
+            minutes = np.median(curve["seconds"][:, -1]) / 60
+            lines.append(f"| {env} | {ALGORITHMS[algo]} | {len(curve['seed'])} | {' | '.join(cells)} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def figure(curves: dict[str, dict[str, dict]], path: Path) -> None:
+    """One panel a task: interquartile mean over seeds and its 95% bootstrap band against environment steps."""
+    from matplotlib.figure import Figure
+
+    styles = {"ncdpo": dict(color="#c1272d"), "ppo": dict(color="#0000a7", linestyle="--"),
+              "dppo": dict(color="#777777", linestyle=":")}
+    picture = Figure(figsize=(3.6 * len(curves), 3.1), layout="constrained")
+    for axes, (env, by_algo) in zip(picture.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        for algo in (a for a in ALGORITHMS if a in by_algo):
+            curve = by_algo[algo]
+            million, values = curve["step"][0] / 1e6, returns(curve)
+            low, high = interval(bootstrap(values, 2000))
+            axes.fill_between(million, low, high, color=styles[algo]["color"], alpha=0.15, linewidth=0)
+            axes.plot(million, interquartile_mean(values, 0), linewidth=1.8, label=ALGORITHMS[algo], **styles[algo])
+        axes.set(title=env, xlabel="million environment steps")
+        axes.grid(alpha=0.3)
+    picture.axes[0].set_ylabel("return of training episodes")
+    picture.axes[0].legend(frameon=False)
+    picture.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    trainer = commands.add_parser("train", help="unknown flags go to ncdpo.py")
+    trainer.add_argument("env")
+    trainer.add_argument("algo", choices=ALGORITHMS)
+    trainer.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    trainer.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    trainer.add_argument("--name", help="name of the CSV file, <env>__<algo> if left out")
+    line, flags = parser.parse_known_args()
+    if line.command == "train":
+        train(line.env, line.algo, line.seeds, line.jobs, flags, line.name or f"{line.env}__{line.algo}")
+    else:
+        curves = load(HERE / "curves")
+        print(table(curves))
+        figure({env: c for env, c in curves.items() if len(c) > 1}, HERE / "curves" / "curves.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1027 @@
+"""Facts about ncdpo.py, one a test: pytest test_ncdpo.py (some two minutes on two cores).
+
+What is compared with is a closed form or another computation, never a recorded output. (E1) ... (E15) are the labels of
+README.md's equations. torch.compile is off but in test_compiled_loss_and_gradients_equal_the_plain_ones.
+"""
+
+import ast
+import csv
+import itertools
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import tqdm
+from torch.distributions import Categorical, Normal
+
+import ncdpo
+from ncdpo import UserError, VectorEnv, main
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+PREDICT = ["sample", "epsilon", "v"]
+ALGORITHMS = ["ncdpo", "ppo", "dppo"]
+WIDE = 1e9  # a clip of the clean estimate that never bites
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def config(**given):
+    """A run of four small updates."""
+    small = dict(env="CartPole-v1", hidden=16, num_envs=2, num_steps=32, minibatch_size=32, update_epochs=2,
+                 total_timesteps=256, episodes=2, checkpoint_every=1, compile=False, device="cpu")
+    return ncdpo.Config(**{**small, **given})
+
+
+def shaken(module, scale=0.3):
+    """The module with noise on all its weights: a fresh network's output is nearly zero, which hides mistakes."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p += scale * torch.randn_like(p)
+    return module
+
+
+def make_policy(algo="ncdpo", obs_dim=3, act_dim=2, discrete=False, **given):
+    given = {"hidden": 8, "clip_denoised": WIDE, **given}
+    return shaken(ncdpo.Agent(config(algo=algo, **given), obs_dim, act_dim, discrete).policy)
+
+
+# --- environments of the tests ---------------------------------------------------------------------------------------
+
+class Tiny(gym.Env):
+    """Observation (2, 3): where the episode started (drawn by reset), the step, the last action, then zeros."""
+
+    made_to_fail = None  # (after so many steps of this object, what goes wrong)
+
+    def __init__(self, action_space=gym.spaces.Discrete(3, start=5), observation_space=None, random_start=True):
+        self.action_space, self.random_start = action_space, random_start
+        self.observation_space = observation_space or gym.spaces.Box(-np.inf, np.inf, (2, 3), np.float32)
+        self.played = 0
+
+    def observe(self, action):
+        return np.array([[self.start, self.t, action], [0, 0, 0]], np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.start, self.t = float(self.np_random.random()) if self.random_start else 0.0, 0
+        return self.observe(0), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        self.t, self.played = self.t + 1, self.played + 1
+        obs, reward = self.observe(np.sum(action)), float(np.sum(action)) + self.start
+        after, wrong = self.made_to_fail or (math.inf, None)
+        if self.played > after:
+            if wrong == "exception":
+                raise ZeroDivisionError("the physics\nexploded")
+            obs, reward = (obs * np.nan, reward) if wrong == "observation" else (obs, reward * np.nan)
+        return obs, reward, False, False, {}
+
+
+def register(name, steps=8, **arguments):
+    gym.register(name, entry_point=Tiny, max_episode_steps=steps, kwargs=arguments)
+
+
+BOX = gym.spaces.Box(np.array([-1, 2], np.float32), np.array([3, 10], np.float32))
+register("Tiny-v0")
+register("TinyBox-v0", action_space=BOX)
+register("TinyFixed-v0", steps=32, action_space=BOX, random_start=False)
+register("TinyDict-v0", observation_space=gym.spaces.Dict(a=BOX))
+register("TinyMulti-v0", action_space=gym.spaces.MultiDiscrete([2, 3]))
+register("TinyUnbounded-v0", action_space=gym.spaces.Box(-np.inf, np.inf, (2,)))
+
+
+# --- 2  noise schedule -----------------------------------------------------------------------------------------------
+
+def cosine_tables(K):
+    """abar_0 ... abar_K and beta_1 ... beta_K (beta_0 unused) of the cosine schedule, from its definition."""
+    f = lambda k: math.cos((k / K + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = [0.0] + [min(1 - f(k) / f(k - 1), 0.999) for k in range(1, K + 1)]
+    return [math.prod(1 - b for b in beta[:k + 1]) for k in range(K + 1)], beta
+
+
+def perfect_output(predict, abar, x, x0):
+    """What a network that knows x0 must say at x = sqrt(abar) x0 + sqrt(1 - abar) eps (E2)."""
+    eps = (x - abar**0.5 * x0) / (1 - abar) ** 0.5
+    return {"sample": x0 + 0 * x, "epsilon": eps, "v": abar**0.5 * eps - (1 - abar) ** 0.5 * x0}[predict]
+
+
+@pytest.mark.parametrize("K", [1, 2, 5, 100])
+@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_eta_0(float64, K, predict, eta):  # E3, E4
+    schedule, (abar, beta) = ncdpo.Schedule(K, predict, eta, WIDE), cosine_tables(K)
+    x0, x = torch.randn(2, 7, 4)
+    for k in range(1, K + 1):
+        now, before = abar[k], abar[k - 1]
+        mu = schedule.mu(schedule.clean(perfect_output(predict, now, x, x0), x, k), x, k)
+        if eta == 1:
+            expected = (before**0.5 * beta[k] * x0 + (1 - beta[k]) ** 0.5 * (1 - before) * x) / (1 - now)
+            variance = (1 - before) / (1 - now) * beta[k]
+        else:
+            expected = before**0.5 * x0 + (1 - before) ** 0.5 * (x - now**0.5 * x0) / (1 - now) ** 0.5
+            variance = 0.0
+        torch.testing.assert_close(mu, expected, rtol=1e-8, atol=1e-8)
+        assert schedule.sigma[k].item() ** 2 == pytest.approx(variance, abs=1e-12)
+
+
+def test_one_step_noising_has_the_marginals_of_diffuse(float64):  # E1
+    n, schedule, (_, beta) = 200_000, ncdpo.Schedule(5, "sample", 1.0, 1.0), cosine_tables(5)
+    x = torch.full((n, 1), 0.7)
+    for k in range(1, 6):
+        x = (1 - beta[k]) ** 0.5 * x + beta[k] ** 0.5 * torch.randn(n, 1)
+        mean = schedule.diffuse(torch.tensor(0.7), k, torch.tensor(0.0)).item()
+        variance = schedule.diffuse(torch.tensor(0.0), k, torch.tensor(1.0)).item() ** 2
+        assert x.mean().item() == pytest.approx(mean, abs=5 * (variance / n) ** 0.5)
+        assert x.var().item() == pytest.approx(variance, rel=5 * (2 / n) ** 0.5)
+
+
+class Perfect(torch.nn.Module):
+    """A denoiser that knows the clean action, and says it with an error of `shift`."""
+
+    def __init__(self, policy, x0, shift=0.0):
+        super().__init__()
+        self.abar = torch.tensor(cosine_tables(policy.K)[0])[:, None]
+        self.predict, self.x0, self.shift, self.seen = policy.predict, x0, shift, set()
+
+    def given(self, obs):
+        return None, None
+
+    def forward(self, x, k, of_obs, of_k):
+        self.seen |= set(torch.as_tensor(k).flatten().tolist())
+        return perfect_output(self.predict, self.abar[k], x, self.x0) + self.shift
+
+
+@pytest.mark.parametrize("K", [1, 5, 100])
+@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_perfect_denoiser_recovers_the_action_from_any_noise(float64, K, predict, algo, eta):  # E3-E6
+    policy = make_policy(algo, denoising_steps=K, predict=predict, eta=eta, clip_denoised=1.0)
+    x0 = torch.rand(50, 2) * 2 - 1
+    policy.denoiser = Perfect(policy, x0)
+    torch.testing.assert_close(policy.sample(torch.randn(50, 3), deterministic=True)[0], x0)
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_behaviour_cloning_loss_is_the_squared_error_against_a_perfect_network(float64, predict, shift):  # E2
+    policy, action = make_policy(denoising_steps=7, predict=predict), torch.randn(500, 2)
+    policy.denoiser = Perfect(policy, action, shift)
+    assert policy.bc_loss(torch.randn(500, 3), action).item() == pytest.approx(shift**2, abs=1e-20)
+    assert policy.denoiser.seen == set(range(1, 8))
+
+
+# --- 4  policies -----------------------------------------------------------------------------------------------------
+
+def reference_step(policy, predict, eta, x, k, obs):
+    """mu_k and sigma_k of E3, E4 as design.md writes them, without the tables of Schedule."""
+    abar, beta = cosine_tables(policy.K)
+    now, before = abar[k], abar[k - 1]
+    output = policy.denoiser(x, k, *policy.denoiser.given(obs))
+    x0 = {"sample": output, "epsilon": (x - (1 - now) ** 0.5 * output) / now**0.5,
+          "v": now**0.5 * x - (1 - now) ** 0.5 * output}[predict].clamp(-policy.schedule.clip, policy.schedule.clip)
+    variance = eta**2 * (1 - before) / (1 - now) * beta[k]
+    eps = (x - now**0.5 * x0) / (1 - now) ** 0.5
+    return before**0.5 * x0 + max(1 - before - variance, 0) ** 0.5 * eps, variance**0.5
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ncdpo_mean_is_the_sampler_run_on_given_noise(float64, predict, eta):  # E5, E6
+    policy = make_policy(denoising_steps=4, predict=predict, eta=eta, clip_denoised=0.8)
+    obs, omega = torch.randn(9, 3), torch.randn(9, 4, 2)
+    noise = {"x4": omega[:, 0], 4: omega[:, 1], 3: omega[:, 2], 2: omega[:, 3], 1: 0.0}
+    x = noise["x4"]
+    for k in (4, 3, 2, 1):
+        mu, sigma = reference_step(policy, predict, eta, x, k, obs)
+        x = mu + sigma * noise[k]
+    torch.testing.assert_close(policy.mean(obs, omega), x)
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_dppo_scores_each_step_as_a_plain_loop_does(float64, predict, discrete):  # E15
+    given = dict(denoising_steps=5, predict=predict, eta=0.7, min_std=0.3, temperature=0.5, clip_denoised=0.8)
+    policy, obs = make_policy("dppo", discrete=discrete, **given), torch.randn(11, 3)
+    action, log_prob, chain = policy.sample(obs)
+    x, expected = chain[:, 0], []
+    for k in range(5, 0, -1):
+        mu, sigma = reference_step(policy, predict, 0.7, x, k, obs)
+        x = chain[:, 6 - k] if k > 1 else action
+        if k == 1 and discrete:
+            expected.append(Categorical(logits=mu / 0.5).log_prob(action))
+        else:
+            expected.append(Normal(mu, max(sigma, 0.3)).log_prob(x).sum(-1))
+    torch.testing.assert_close(log_prob, torch.stack(expected, 1))
+    torch.testing.assert_close(policy.log_prob(obs, action, chain), torch.stack(expected, 1))
+
+
+def test_dppo_discounts_the_advantage_by_the_steps_to_go():  # E15
+    weight = make_policy("dppo", denoising_steps=4, gamma_denoising=0.9).weight
+    assert weight.tolist() == pytest.approx([0.9**3, 0.9**2, 0.9, 1.0])
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_ratio_is_one_right_after_sampling(algo, discrete):  # E11
+    policy, obs = make_policy(algo, discrete=discrete, denoising_steps=5), torch.randn(64, 3)
+    latent, noise = policy.noise(64, CPU)
+    action, log_prob, remembered = policy.act(obs, latent, noise)
+    again = policy.log_prob(obs, action, remembered)
+    assert again.shape == log_prob.shape == (64, 5 if algo == "dppo" else 1) and again.requires_grad
+    assert action.shape == ((64,) if discrete else (64, 2)) and remembered.shape == (64, policy.latent_steps, 2)
+    if algo == "dppo":  # one parallel pass instead of a loop rounds differently
+        torch.testing.assert_close(again, log_prob, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(again, log_prob) and torch.equal(remembered, latent)
+
+
+@pytest.mark.parametrize("algo", ["ncdpo", "ppo"])
+def test_likelihood_is_torchs_gaussian_and_softmax_around_the_mean(float64, algo):  # E7, E8
+    obs, tau = torch.randn(6, 3), 0.3 if algo == "ncdpo" else 1.0
+    box, choice = (make_policy(algo, discrete=d, temperature=0.3, denoising_steps=3) for d in (False, True))
+    for policy in (box, choice):
+        action, log_prob, omega = policy.sample(obs)
+        mean = policy.mean(obs, omega)
+        end = Categorical(logits=mean / tau) if policy is choice else Normal(mean, policy.head.log_std.exp())
+        expected = (end.log_prob(action), end.entropy())
+        expected = expected if policy is choice else [term.sum(-1) for term in expected]
+        torch.testing.assert_close(log_prob[:, 0], expected[0])
+        torch.testing.assert_close(policy.evaluate(obs, action, omega)[1], expected[1])
+
+
+def test_actions_are_drawn_as_their_likelihood_says(float64):  # E7, E8
+    n, mean = 100_000, torch.tensor([0.4, -0.1, 0.2])
+    choice, box = ncdpo.Categorical(0.5), ncdpo.Gaussian(3, 0.3)
+    drawn = choice.sample(mean, choice.noise((n, 3), CPU))
+    probability = torch.softmax(mean / 0.5, -1)
+    frequency = torch.bincount(drawn, minlength=3) / n
+    assert ((frequency - probability).abs() < 5 * (probability / n).sqrt()).all()
+    drawn = box.sample(mean, box.noise((n, 3), CPU))
+    assert ((drawn.mean(0) - mean).abs() < 5 * 0.3 / n**0.5).all()
+    torch.testing.assert_close(drawn.std(0), torch.full((3,), 0.3), rtol=5 / (2 * n) ** 0.5, atol=0)
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize("K", [1, 4, 10])
+def test_bpdt_gradient_equals_finite_differences(float64, predict, K):  # E13
+    policy, obs, omega = make_policy(denoising_steps=K, predict=predict), torch.randn(5, 3), torch.randn(5, K, 2)
+    weights, parameters = torch.randn(5, 2), list(policy.denoiser.parameters())
+    loss = lambda: (policy.mean(obs, omega) * weights).sum()
+    gradient = torch.autograd.grad(loss(), parameters)
+    for _ in range(3):
+        direction, h = [torch.randn_like(p) for p in parameters], 1e-5
+
+        def move(by):
+            with torch.no_grad():
+                for p, d in zip(parameters, direction):
+                    p += by * d
+
+        move(h)
+        above = loss().item()
+        move(-2 * h)
+        below = loss().item()
+        move(h)
+        slope = sum((g * d).sum().item() for g, d in zip(gradient, direction))
+        assert (above - below) / (2 * h) == pytest.approx(slope, rel=1e-5)
+
+
+def test_gradient_is_zero_where_the_clean_estimate_is_clipped(float64):  # E3
+    policy = make_policy(denoising_steps=3, clip_denoised=1.0)
+    torch.nn.init.constant_(policy.denoiser.rest[-1].bias, 100.0)
+    mean = policy.mean(torch.randn(5, 3), torch.randn(5, 3, 2))
+    assert (mean == 1).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(mean.sum(), list(policy.denoiser.parameters())))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_ncdpo_with_one_step_that_ignores_its_noise_is_ppo_with_an_mlp(float64, discrete):
+    given = dict(hidden=8, denoising_steps=1, clip_denoised=WIDE, temperature=1.0, ent_coef=0.01)
+    chain, plain = (shaken(ncdpo.Agent(config(algo=algo, **given), 3, 2, discrete)) for algo in ("ncdpo", "ppo"))
+    denoiser, net = chain.policy.denoiser, plain.policy.net
+    with torch.no_grad():
+        denoiser.first.weight[:, :2] = 0
+        net[0].weight.copy_(denoiser.first.weight[:, 2:5])
+        net[0].bias.copy_(denoiser.first.bias + denoiser.first.weight[:, 5:] @ denoiser.embedding[1])
+    for mine, yours in zip(net[2:], denoiser.rest[:]):
+        mine.load_state_dict(yours.state_dict())
+    plain.critic.load_state_dict(chain.critic.state_dict())
+    plain.policy.head.load_state_dict(chain.policy.head.state_dict())
+
+    obs, omega, noise = torch.randn(32, 3), torch.randn(32, 1, 2), torch.randn(32, 2)
+    with torch.no_grad():
+        action, log_prob, _ = chain.policy.act(obs, omega, noise)
+        action2, log_prob2, _ = plain.policy.act(obs, omega[:, :0], noise)
+    torch.testing.assert_close(chain.policy.mean(obs, omega), plain.policy.mean(obs, None))
+    torch.testing.assert_close(action, action2)
+    torch.testing.assert_close(log_prob, log_prob2)
+
+    batch = dict(obs=obs, action=action, old_log_prob=log_prob + 0.2 * torch.randn(32, 1),
+                 old_value=torch.randn(32), advantage=torch.randn(32), target=torch.randn(32))
+    for agent, latent in ((chain, omega), (plain, omega[:, :0])):
+        ncdpo.ppo_loss(agent, config(**given), latent=latent, **batch)[0].backward()
+    first = denoiser.first
+    pairs = [(first.weight.grad[:, 2:5], net[0].weight.grad), (first.bias.grad, net[0].bias.grad)]
+    for mine, yours in ((denoiser.rest, net[2:]), (chain.critic, plain.critic), (chain.policy.head, plain.policy.head)):
+        pairs += [(p.grad, q.grad) for p, q in zip(mine.parameters(), yours.parameters())]
+    assert len(pairs) == (12 if discrete else 13)
+    for mine, yours in pairs:
+        torch.testing.assert_close(mine, yours)
+
+
+def gauss_hermite(n, dims):
+    """Nodes (n^dims, dims) and weights (n^dims,) of the expectation over a standard normal of `dims` dimensions."""
+    x, w = np.polynomial.hermite_e.hermegauss(n)
+    w = w / w.sum()
+    weights = [math.prod(ws) for ws in itertools.product(w, repeat=dims)]
+    return torch.tensor(np.array(list(itertools.product(x, repeat=dims)))), torch.tensor(weights)
+
+
+@pytest.mark.parametrize("through_the_chain", [True, False])
+def test_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain(float64, through_the_chain):  # E10, E13
+    policy = make_policy(obs_dim=1, act_dim=1, denoising_steps=2, init_std=0.5)
+    reward = lambda a: torch.sin(2 * a) + 0.5 * a**2
+    parameters = list(policy.parameters())
+    flat = lambda gradients: torch.cat([g.flatten() for g in gradients])
+
+    nodes, weights = gauss_hermite(24, 3)  # (x_2, z_2) and the final Gaussian's draw
+    mean = policy.mean(torch.ones(len(nodes), 1), nodes[:, :2, None])[:, 0]
+    J = (weights * reward(mean + policy.head.log_std.exp() * nodes[:, 2])).sum()
+    truth = flat(torch.autograd.grad(J, parameters))
+
+    step = policy.step
+    if not through_the_chain:
+        policy.step = lambda x, k, z, given: step(x.detach(), k, z, given)
+    estimates, obs = [], torch.ones(4000, 1)
+    for _ in range(250):
+        with torch.no_grad():
+            action, _, omega = policy.sample(obs)
+        score = policy.log_prob(obs, action, omega)[:, 0] * (reward(action[:, 0]) - J.item())
+        estimates.append(flat(torch.autograd.grad(score.mean(), parameters)))
+    estimates = torch.stack(estimates)
+    standard_error = estimates.std(0) / len(estimates) ** 0.5 + 1e-12
+    off = ((estimates.mean(0) - truth).abs() / standard_error).max()
+    assert (off < 4) == through_the_chain
+
+
+def test_kl_given_the_noise_bounds_the_kl_of_the_actions(float64):  # E14
+    old = make_policy(obs_dim=1, act_dim=1, denoising_steps=2, init_std=0.5)
+    new = make_policy(obs_dim=1, act_dim=1, denoising_steps=2, init_std=0.5)
+    new.load_state_dict(old.state_dict())
+    shaken(new, 0.05)
+    nodes, weights = gauss_hermite(24, 2)
+    a = torch.linspace(-15, 15, 3001)
+    with torch.no_grad():  # log pi(a | omega): a row for each omega, a column for each a
+        log_p, log_q = (torch.distributions.Normal(policy.mean(torch.ones(len(nodes), 1), nodes[:, :, None]),
+                                                   policy.head.log_std.exp()).log_prob(a) for policy in (old, new))
+        row = old.log_prob(torch.ones(3001, 1), a[:, None], nodes[[5]][:, :, None].expand(3001, 2, 1))[:, 0]
+    torch.testing.assert_close(log_p[5], row)
+    integral = lambda density: torch.trapezoid(density, a)
+    p, q = weights @ log_p.exp(), weights @ log_q.exp()
+    conditional = (weights * integral(log_p.exp() * (log_p - log_q))).sum()
+    marginal = integral(p * (p / q.clamp(min=1e-300)).clamp(min=1e-300).log())
+    assert integral(p).item() == pytest.approx(1, abs=1e-9)
+    assert 1e-4 < marginal < conditional
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_checkpoint_chain_gives_the_same_gradient(discrete):
+    obs, omega = torch.randn(16, 3), torch.randn(16, 5, 2)
+    gradients = []
+    for switch in (False, True):
+        torch.manual_seed(0)
+        policy = make_policy(denoising_steps=5, discrete=discrete, checkpoint_chain=switch)
+        loss = policy.mean(obs, omega).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(policy.denoiser.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients))
+
+
+def test_normalizer_agrees_with_numpy_over_uneven_batches(float64):
+    batches = [3 + 2 * torch.randn(n, 4) * torch.tensor([1, 10, 0.1, 1]) for n in (1, 7, 300, 2)]
+    norm, everything = ncdpo.Normalizer(4), torch.cat(batches).numpy()
+    for batch in batches:
+        norm.update(batch)
+    mean, var = everything.mean(0), everything.var(0)
+    np.testing.assert_allclose(norm.mean, mean)
+    np.testing.assert_allclose(norm.var, var)
+    assert norm.count == 310
+    np.testing.assert_allclose(norm(batches[1]), (batches[1].numpy() - mean) / np.sqrt(var), rtol=1e-5)
+    assert norm(torch.full((4,), 1e6)).tolist() == [10.0] * 4
+
+
+# --- 5  environments -------------------------------------------------------------------------------------------------
+
+def play(env_id, vector, seed=3, num_envs=3, steps=210):
+    """Random actions, many of them out of bounds: a dictionary of arrays for each step, and the seeds used."""
+    env, seeds = VectorEnv(env_id, num_envs, CPU, vector), []
+    reset, rng = env.envs.reset, torch.Generator().manual_seed(seed)
+    env.envs.reset = lambda seed: (seeds.append(seed), reset(seed=seed))[1]
+    obs, rows = env.reset(seed), []
+    for _ in range(steps):
+        if env.discrete:
+            action = torch.randint(env.act_dim, (num_envs,), generator=rng)
+        else:
+            action = 1.5 * torch.randn(num_envs, env.act_dim, generator=rng)
+        next_obs, reward, terminated, truncated, final_obs = env.step(action)
+        row = dict(obs=obs, action=action, reward=reward, terminated=terminated, truncated=truncated,
+                   final_obs=final_obs, next_obs=next_obs)
+        rows.append({name: tensor.numpy() for name, tensor in row.items()})
+        obs = next_obs
+    env.close()
+    return rows, seeds[0]
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Tiny-v0", "TinyBox-v0"])
+def test_every_environment_plays_as_it_would_alone(env_id):
+    rows, seeds = play(env_id, "sync")
+    ends = 0
+    for i, seed in enumerate(seeds):
+        alone = gym.make(env_id, disable_env_checker=True)
+        obs, space = alone.reset(seed=seed)[0], alone.action_space
+        for row in rows:
+            np.testing.assert_array_equal(row["obs"][i], np.float32(obs).ravel())
+            if isinstance(space, gym.spaces.Discrete):
+                action = row["action"][i] + space.start
+            else:
+                part = (np.float64(row["action"][i]).clip(-1, 1) + 1) / 2
+                action = np.float32(space.low + part * (space.high - space.low))
+            obs, reward, terminated, truncated, _ = alone.step(action)
+            np.testing.assert_allclose(row["final_obs"][i], np.float32(obs).ravel(), rtol=1e-5, atol=1e-5)
+            assert row["reward"][i] == pytest.approx(reward, rel=1e-5)
+            assert (row["terminated"][i], row["truncated"][i]) == (terminated, truncated)
+            if terminated or truncated:
+                ends += 1
+                obs = alone.reset()[0]
+                assert not np.array_equal(row["final_obs"][i], row["next_obs"][i])
+            else:
+                assert np.array_equal(row["final_obs"][i], row["next_obs"][i])
+    assert ends >= len(seeds) and len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "TinyBox-v0"])
+def test_sync_and_async_simulators_give_the_same_trajectories(env_id):
+    for one, other in zip(play(env_id, "sync", steps=60)[0], play(env_id, "async", steps=60)[0], strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_box_actions_are_clipped_and_rescaled_to_the_bounds():
+    env = VectorEnv("TinyBox-v0", 4, CPU)
+    env.reset(0)
+    final_obs = env.step(torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0], [-7.0, 7.0]]))[-1]
+    assert final_obs[:, 2].tolist() == [-1 + 2, 1 + 6, 3 + 10, -1 + 10]  # the environment writes the sum of its action
+    env.close()
+
+
+def cartpole_step(s, right):
+    """Cart and pole after 0.02 s (Barto, Sutton and Anderson, 1983), the Euler step that every CartPole-v1 takes."""
+    x, v, angle, w = np.float64(s).T
+    pull = (10 * (2 * right - 1.0) + 0.05 * w**2 * np.sin(angle)) / 1.1
+    spin = (9.8 * np.sin(angle) - np.cos(angle) * pull) / (0.5 * (4 / 3 - 0.1 * np.cos(angle) ** 2 / 1.1))
+    push = pull - 0.05 * spin * np.cos(angle) / 1.1
+    return np.stack([x + 0.02 * v, v + 0.02 * push, angle + 0.02 * w, w + 0.02 * spin], -1)
+
+
+@pytest.mark.parametrize("vector", ["sync", "envpool"])
+def test_no_transition_is_a_fake_one(vector):
+    """Each transition obeys the physics: none leads from the end of an episode to the start of the next."""
+    if vector == "envpool":
+        pytest.importorskip("envpool")
+    rows, _ = play("CartPole-v1", vector)
+    for row in rows:
+        np.testing.assert_allclose(row["final_obs"], cartpole_step(row["obs"], row["action"]), rtol=1e-4, atol=1e-5)
+        fell = (np.abs(row["final_obs"][:, 2]) > 12 * math.pi / 180) | (np.abs(row["final_obs"][:, 0]) > 2.4)
+        np.testing.assert_array_equal(row["terminated"], fell)
+        assert (np.abs(row["next_obs"][fell]) <= 0.05).all() and (row["reward"] == 1).all()
+    assert sum(row["terminated"].sum() for row in rows) > 10
+
+
+def test_envpool_truncates_after_as_many_steps_as_gymnasium():
+    pytest.importorskip("envpool")
+    for vector in ("sync", "envpool"):
+        rows, _ = play("Pendulum-v1", vector, steps=610)
+        ends = [t for t, row in enumerate(rows, 1) if row["truncated"].any()]
+        assert ends == [200, 400, 600] and not any(row["terminated"].any() for row in rows)
+
+
+# --- 6  rollout and advantages ---------------------------------------------------------------------------------------
+
+def test_omega_is_drawn_afresh_at_each_step():  # E9
+    trainer = ncdpo.Trainer(config(env="Pendulum-v1", num_steps=400, total_timesteps=800))
+    trainer.obs = trainer.rollout.collect(trainer.env, trainer.agent, trainer.act, trainer.obs)
+    omega = trainer.rollout.latent
+    assert omega.shape == (400, 2, 5, 1) and len(omega.unique()) > 0.99 * omega.numel()
+    n = omega.numel()
+    assert abs(omega.mean()) < 5 / n**0.5 and abs(omega.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((omega[1:] * omega[:-1]).mean()) < 5 / n**0.5
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_first_minibatch_after_a_rollout_has_ratio_one(algo, env):  # E11
+    trainer = ncdpo.Trainer(config(algo=algo, env=env, update_epochs=1, minibatch_size=64))
+    for _ in range(2):  # in the second, weights and normalisers have moved on from their first values
+        row = trainer.iterate()
+        assert abs(row["approx_kl"]) < 1e-6 and row["clip_fraction"] == 0 and row["grad_norm"] > 0
+
+
+def random_rollout(T=40, N=3):
+    reward, value, final_value = torch.randn(3, T, N)
+    terminated = (torch.rand(T, N) < 0.08).to(reward)
+    truncated = ((torch.rand(T, N) < 0.08) & (terminated == 0)).to(reward)
+    ended = terminated + truncated
+    final_value[:-1] = torch.where(ended[:-1] == 0, value[1:], final_value[:-1])  # without a reset a step leads on
+    assert terminated.sum() > 1 and truncated.sum() > 1
+    return reward, value, final_value, terminated, ended
+
+
+def test_advantages_are_the_discounted_sum_of_td_errors_within_an_episode(float64):
+    reward, value, final_value, terminated, ended = arguments = random_rollout()
+    A = ncdpo.advantages(*arguments, 0.9, 0.8)
+    for t, n in np.ndindex(*A.shape):
+        expected = 0.0
+        for l in range(len(A) - t):
+            bootstrap = 0.0 if terminated[t + l, n] else final_value[t + l, n]
+            expected += 0.72**l * (reward[t + l, n] + 0.9 * bootstrap - value[t + l, n])
+            if ended[t + l, n]:
+                break
+        assert A[t, n].item() == pytest.approx(float(expected))
+
+
+def test_return_bootstraps_through_truncation_and_not_through_termination(float64):
+    reward, value, final_value, terminated, ended = arguments = random_rollout()
+    target = ncdpo.advantages(*arguments, 0.9, 1.0) + value
+    for t, n in np.ndindex(*target.shape):
+        end = t + int(torch.cat([ended[t:, n], torch.ones(1)]).argmax())
+        last = min(end, len(target) - 1)
+        expected = sum(0.9 ** (i - t) * reward[i, n] for i in range(t, last + 1))
+        expected += 0.9 ** (last + 1 - t) * (1 - terminated[last, n]) * final_value[last, n]
+        assert target[t, n].item() == pytest.approx(float(expected))
+
+
+def test_discounted_sums_start_again_with_each_episode_and_go_on_across_rollouts(float64):
+    reward, _, _, _, ended = random_rollout()
+    first, carry = ncdpo.discounted_sums(reward[:15], ended[:15], torch.zeros(3), 0.9)
+    second, _ = ncdpo.discounted_sums(reward[15:], ended[15:], carry, 0.9)
+    running = np.zeros(3)
+    for t, sums in enumerate(torch.cat([first, second])):
+        running = 0.9 * running * (0 if t == 0 else 1 - ended[t - 1].numpy()) + reward[t].numpy()
+        np.testing.assert_allclose(sums, running)
+
+
+def test_episodes_are_counted_across_rollouts():
+    episodes = ncdpo.Episodes(2)
+    reward = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
+    assert episodes.take(reward, torch.tensor([[0.0, 0], [1, 0], [0, 0]])) == [(3.0, 2.0)]
+    finished = episodes.take(reward, torch.tensor([[0.0, 1], [1, 1], [1, 0]]))
+    assert finished == [(70.0, 4.0), (6.0, 3.0), (20.0, 1.0), (3.0, 1.0)]
+
+
+# --- 7  PPO update ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("clip_vloss", [False, True])
+def test_ppo_loss_is_the_clipped_objective(float64, algo, clip_vloss):  # E11, E12, E15
+    c = config(algo=algo, denoising_steps=3, clip_vloss=clip_vloss, ent_coef=0.03, vf_coef=0.7, gamma_denoising=0.5)
+    agent, obs = shaken(ncdpo.Agent(c, 3, 2, False)), torch.randn(40, 3)
+    action, log_prob, latent = agent.policy.sample(obs)
+    log_prob = log_prob.detach()
+    old, old_value, advantage, target = log_prob + 0.3 * torch.randn_like(log_prob), *torch.randn(3, 40)
+    loss, diagnostics = ncdpo.ppo_loss(agent, c, obs, action, latent, old, old_value, advantage, target)
+
+    normal = (advantage - advantage.mean()) / advantage.std()
+    terms, kls, clipped, M = [], [], [], log_prob.shape[1]
+    for b, m in np.ndindex(40, M):
+        r = math.exp(log_prob[b, m] - old[b, m])
+        A = normal[b].item() * 0.5 ** (M - 1 - m)
+        terms.append(-min(r * A, min(max(r, 0.8), 1.2) * A))
+        kls.append(r - 1 - math.log(r))
+        clipped.append(not 0.8 <= r <= 1.2)
+    value = agent.critic(obs)[:, 0].detach().numpy()
+    errors = (value - target.numpy()) ** 2
+    if clip_vloss:
+        near = old_value.numpy() + np.clip(value - old_value.numpy(), -0.2, 0.2)
+        errors = np.maximum(errors, (near - target.numpy()) ** 2)
+    std = agent.policy.head.log_std.exp()
+    expected = [np.mean(terms), errors.mean() / 2, Normal(torch.zeros(2), std).entropy().sum().item(),
+                np.sum(kls) / 40, np.mean(clipped)]
+    assert diagnostics.tolist() == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx(expected[0] + 0.7 * expected[1] - 0.03 * expected[2], rel=1e-6)
+
+
+def test_chain_gradient_measures_the_gradient_at_each_denoising_step(float64):  # E13
+    agent, B = shaken(ncdpo.Agent(config(denoising_steps=4, clip_denoised=WIDE), 3, 2, False)), 6
+    obs, action, omega, advantage = torch.randn(B, 3), torch.randn(B, 2), torch.randn(B, 4, 2), torch.randn(B)
+    norms, clipped = ncdpo.chain_gradient(agent, obs, action, omega, advantage)
+    mean = agent.policy.mean(obs, omega.requires_grad_())
+    at_x0 = (-advantage[:, None] * (action - mean) / agent.policy.head.log_std.exp() ** 2 / B).detach()
+    at_omega, = torch.autograd.grad((mean * at_x0).sum(), omega)
+    assert len(norms) == 5 and clipped == 0
+    assert (norms[0], norms[-1]) == pytest.approx((at_omega[:, 0].norm().item(), at_x0.norm().item()))
+
+
+@pytest.mark.parametrize("target_kl, updates", [(None, 8 * 2), (1e-8, 2)])
+def test_target_kl_stops_the_epochs(target_kl, updates):
+    trainer, steps = ncdpo.Trainer(config(update_epochs=8, target_kl=target_kl)), []
+    trainer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    trainer.iterate()
+    assert len(steps) == updates
+
+
+def test_compiled_loss_and_gradients_equal_the_plain_ones():
+    results = []
+    for switch in (False, True):
+        trainer = ncdpo.Trainer(config(env="Pendulum-v1", compile=switch))
+        torch.manual_seed(1)
+        agent, obs = shaken(trainer.agent), torch.randn(64, 3)
+        latent, noise = agent.policy.noise(64, CPU)
+        with torch.no_grad():
+            action, log_prob, _ = trainer.act(obs, latent, noise)
+        rest = dict(zip(("old_value", "advantage", "target"), torch.randn(3, 64)))
+        old = log_prob + 0.1 * torch.randn(64, 1)
+        loss, diagnostics = trainer.loss(obs=obs, action=action, latent=latent, old_log_prob=old, **rest)
+        loss.backward()
+        results.append([action, log_prob, loss, diagnostics, *(p.grad for p in agent.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+
+
+# --- 8 - 10  runs ----------------------------------------------------------------------------------------------------
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return [{name: cell for name, cell in row.items() if not name.startswith("seconds")}
+                for row in csv.DictReader(file)]
+
+
+def checkpoint_of(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def same(one, other):
+    """Whether two nested states are equal to the last bit, but for the time they took."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one if k != "seconds")
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of CartPole, and what its training printed."""
+    runs = tmp_path_factory.mktemp("finished")
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr(ncdpo, "print", lambda *words, **_: printed.append(" ".join(map(str, words))), raising=False)
+        ncdpo.train(config(runs=str(runs)))
+    return runs / "CartPole-v1__ncdpo__1", "\n".join(printed)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+@pytest.mark.parametrize("algo, env", [("ncdpo", "CartPole-v1"), ("dppo", "Pendulum-v1"), ("ppo", "Pendulum-v1")])
+def test_same_seed_gives_the_same_metrics_and_another_seed_gives_others(tmp_path, algo, env):
+    def metrics(seed, name):
+        c = config(algo=algo, env=env, seed=seed, runs=str(tmp_path / name), total_timesteps=128, episodes=1)
+        ncdpo.train(c)
+        return rows_of(tmp_path / name / f"{env}__{algo}__{seed}")
+
+    one, again, other = metrics(1, "one"), metrics(1, "again"), metrics(2, "other")
+    assert len(one) == 2 and one == again
+    assert all(a["value_loss"] != b["value_loss"] for a, b in zip(one, other))
+
+
+def test_a_run_is_never_overwritten(tmp_path, run):
+    before = contents(run)
+    c = config(runs=str(tmp_path), seed=9)
+    names = []
+    for _ in range(3):
+        names.append(ncdpo.new_run_folder(c).name)
+        (tmp_path / names[-1] / "mine").write_text(names[-1])
+    assert names == ["CartPole-v1__ncdpo__9", "CartPole-v1__ncdpo__9-2", "CartPole-v1__ncdpo__9-3"]
+    assert all((tmp_path / name / "mine").read_text() == name for name in names) and contents(run) == before
+
+
+def test_checkpoint_restores_everything(run):
+    trainer, saved = ncdpo.Trainer(config(total_timesteps=512)), checkpoint_of(run)
+    fresh = trainer.state_dict()
+    assert not any(same(fresh[name], saved[name]) for name in ("agent", "optimizer", "random", "update"))
+    trainer.resume(run)
+    assert same(trainer.state_dict(), saved) and torch.equal(torch.get_rng_state(), saved["random"])
+    assert saved["agent"]["obs_norm.count"] == saved["agent"]["reward_norm.count"] == 256
+    row = trainer.iterate()
+    assert (row["update"], row["step"]) == (5, 320) and row["learning_rate"] == pytest.approx(5e-4 * (1 - 4 / 8))
+
+
+def test_resumed_run_equals_one_that_was_never_interrupted(tmp_path, monkeypatch):
+    """In an environment whose episodes end with each rollout and start alike, nothing may differ by a bit."""
+    c = config(env="TinyFixed-v0", checkpoint_every=2, total_timesteps=320, runs=str(tmp_path / "whole"))
+    ncdpo.train(c)
+    iterate = ncdpo.Trainer.iterate
+
+    def power_cut(self):
+        if self.done == 3:
+            raise MemoryError
+        return iterate(self)
+
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", power_cut)
+    c.runs = str(tmp_path / "cut")
+    with pytest.raises(MemoryError):
+        ncdpo.train(c)
+    monkeypatch.undo()
+    whole, cut = (tmp_path / name / "TinyFixed-v0__ncdpo__1" for name in ("whole", "cut"))
+    assert checkpoint_of(cut)["update"] == 2 and len(rows_of(cut)) == 3  # a row that no checkpoint has
+    history = ncdpo.train(c, resume=cut)
+    assert history["update"].tolist() == [1, 2, 3, 4, 5] and (np.diff(history["seconds"]) > 0).all()
+    assert rows_of(cut) == rows_of(whole) and same(checkpoint_of(cut), checkpoint_of(whole))
+
+
+def test_printed_evaluation_is_that_of_a_later_one(finished):
+    run, printed = finished
+    later = ncdpo.describe(ncdpo.evaluate(run, 2, device="cpu")).splitlines()
+    assert "return" in later[0] and "return" in later[1]
+    assert later[0] in printed.splitlines() and later[1] in printed.splitlines()
+
+
+def test_evaluation_leaves_random_state_and_run_alone(run):
+    before, files = torch.get_rng_state(), contents(run)
+    np.random.seed(0)
+    numbers = np.random.get_state()[1].copy()
+    one, two = ncdpo.evaluate(run, 3, device="cpu"), ncdpo.evaluate(run, 3, device="cpu")
+    assert all(np.array_equal(one[way]["return"], two[way]["return"]) for way in ("with noise", "without noise"))
+    assert contents(run) == files
+    assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numbers)
+
+
+def test_evaluation_plays_one_whole_episode_in_each_environment(tmp_path):
+    ncdpo.train(config(env="Tiny-v0", runs=str(tmp_path), total_timesteps=64, episodes=1))
+    result = ncdpo.evaluate(tmp_path / "Tiny-v0__ncdpo__1", 5, device="cpu")
+    for way in ("with noise", "without noise"):
+        assert result[way]["length"].tolist() == [8] * 5
+        assert len(set(result[way]["return"])) == 5  # each has a start of its own, which is in its rewards
+        assert (8 * 5 <= result[way]["return"]).all() and (result[way]["return"] <= 8 * 8).all()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_training_after_a_checkpoint_and_resume_finishes(tmp_path, name):
+    command = [sys.executable, str(HERE / "ncdpo.py"), "--env", "CartPole-v1", "--no-compile", "--device", "cpu",
+               "--num-steps", "16", "--minibatch-size", "256", "--episodes", "1", "--runs", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run, patience = tmp_path / "CartPole-v1__ncdpo__1", time.monotonic() + 120
+    while not ((run / "metrics.csv").is_file() and len(rows_of(run)) >= 2) and time.monotonic() < patience:
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and error == ""
+    assert f"--resume {run}" in out and name in out
+    done = checkpoint_of(run)["update"]
+    assert done == len(rows_of(run)) >= 2
+    assert main(["--resume", str(run), "--total-timesteps", str(256 * (done + 1))]) == 0
+    assert [int(row["update"]) for row in rows_of(run)] == list(range(1, done + 2))
+
+
+@pytest.mark.parametrize("moment", ["before the first update", "between two updates"])
+def test_a_signal_between_updates_loses_none(tmp_path, monkeypatch, capsys, moment):
+    """Not while an update runs, but while a line is printed: nothing may be lost then either."""
+    kills, bar = [], tqdm.tqdm
+
+    def interrupt(*words, **_):
+        if not kills and (not words or "steps/s" in words[0]):
+            kills.append(os.kill(os.getpid(), signal.SIGINT))
+
+    if moment == "between two updates":
+        monkeypatch.setattr(ncdpo, "print", interrupt, raising=False)
+    else:
+        monkeypatch.setattr(tqdm, "tqdm", lambda **given: (interrupt(), bar(**given))[1])
+    assert main(arguments("CartPole-v1", tmp_path, "--checkpoint-every", "3")) == 0 and kills
+    assert "Traceback" not in capsys.readouterr().err
+    run = tmp_path / "CartPole-v1__ncdpo__1"
+    assert checkpoint_of(run)["update"] == len(rows_of(run)) == (moment == "between two updates")
+    monkeypatch.undo()
+    assert main(["--resume", str(run)]) == 0 and len(rows_of(run)) == 4
+
+
+# --- 11  command line: mistakes ---------------------------------------------------------------------------------------
+
+def arguments(env, runs, *more):
+    return ["--env", env, "--runs", str(runs), "--no-compile", "--device", "cpu", "--num-envs", "2", "--hidden", "8",
+            "--num-steps", "16", "--minibatch-size", "16", "--total-timesteps", "128", "--episodes", "1",
+            "--checkpoint-every", "1", *more]
+
+
+def complaint(capsys, *flags):
+    """The one line with which the program refuses; asserts that it is one."""
+    capsys.readouterr()
+    try:
+        code = main([str(flag) for flag in flags])
+    except SystemExit as leaving:
+        code = leaving.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("ncdpo: ") and error.endswith("\n") and error.count("\n") == 1, error
+    return error
+
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with CUDA")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--env", "HalfCheeta-v4"], "did you mean HalfCheetah-v4"),
+    (["--env", "Nothing-like-it"], "unknown environment"),
+    (["--env", "nowhere:Thing-v0"], "nowhere"),
+    (["--env", "Hopper-v3"], "Hopper-v3"),  # its simulator is gone
+    (["--env", "TinyDict-v0"], "only Box"),
+    (["--env", "TinyMulti-v0"], "only Discrete and bounded"),
+    (["--env", "TinyUnbounded-v0"], "only Discrete and bounded"),
+    (["--denoising-steps", "0"], "--denoising-steps"),
+    (["--denoising-steps", "101"], "between 1 and 100"),
+    (["--minibatch-size", "4096"], "at most 2048"),
+    (["--total-timesteps", "100"], "one rollout"),
+    (["--num-envs", "-1"], "--num-envs"),
+    (["--num-envs", "0"], "--num-envs"),
+    (["--update-epochs", "0"], "--update-epochs"),
+    (["--checkpoint-every", "0"], "--checkpoint-every"),
+    (["--learning-rate", "-1"], "--learning-rate"),
+    (["--learning-rate", "nan"], "--learning-rate"),
+    (["--clip-coef", "inf"], "--clip-coef"),
+    (["--gamma", "1.5"], "--gamma"),
+    (["--eta", "-0.5"], "--eta"),
+    (["--seed", "-1"], "--seed"),
+    (["--episodes", "0"], "--episodes"),
+    (["--target-kl", "nan"], "--target-kl"),
+    (["--num-envs", "2", "--num-steps", "1", "--minibatch-size", "1", "--total-timesteps", "2"], "--minibatch-size"),
+    (["--device", "nonsense"], "--device"),
+    pytest.param(["--device", "cuda"], "--device cuda", marks=no_cuda),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--evaluate", "nowhere"], "nowhere"),
+])
+def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capsys, flags, words):
+    if not {"--env", "--resume", "--evaluate"} & set(flags):
+        flags = ["--env", "CartPole-v1", *flags]
+    assert words in complaint(capsys, "--runs", tmp_path / "runs", "--no-compile", *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_cannot_be_a_folder_is_a_mistake(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert "file" in complaint(capsys, *arguments("CartPole-v1", tmp_path / "file"))
+    assert contents(tmp_path) == {Path("file"): b"mine"}
+
+
+@pytest.mark.parametrize("flag", ["--evaluate", "--resume"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "list", "config"])
+def test_a_damaged_run_is_told_in_one_line(run, capsys, flag, damage):
+    path = run / "checkpoint.pt"
+    if damage == "missing":
+        path.unlink()
+    elif damage in ("foreign", "list"):
+        torch.save({"model": torch.ones(2)} if damage == "foreign" else [1, 2], path)
+    elif damage == "config":
+        (run / "config.json").write_text('{"learning_speed": 1}')
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello\n", "truncated": path.read_bytes()[:5000]}[damage])
+    before = contents(run)
+    assert str(run) in complaint(capsys, flag, run, *([] if flag == "--evaluate" else ["--total-timesteps", "512"]))
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("flags", [
+    ["--env", "Pendulum-v1"], ["--env", "Tiny-v0"], ["--hidden", "32"], ["--algo", "ppo"], ["--algo", "dppo"],
+    ["--predict", "epsilon"], ["--denoising-steps", "7"], ["--activation", "tanh"], ["--num-envs", "4"]])
+def test_resume_refuses_another_task_or_policy(run, capsys, flags):
+    """Also where the weights would fit: a run must not silently become another one."""
+    before = contents(run)
+    complaint(capsys, "--resume", run, "--total-timesteps", "512", *flags)
+    assert contents(run) == before
+
+
+def test_resume_of_a_finished_run_says_so(run, capsys):
+    before = contents(run)
+    assert "--total-timesteps" in complaint(capsys, "--resume", run)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("flags", [["--episodes", "0"], ["--episodes", "-3"], ["--device", "nonsense"]])
+def test_evaluation_refuses_bad_numbers(run, capsys, flags):
+    assert flags[0] in complaint(capsys, "--evaluate", run, *flags)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer failed\nat ...")])
+def test_a_full_disk_keeps_the_previous_checkpoint(run, capsys, monkeypatch, error):
+    before = (run / "checkpoint.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half a checkpoint")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "cannot write" in complaint(capsys, "--resume", run, "--total-timesteps", "512")
+    assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob("*.tmp"))
+    assert len(rows_of(run)) >= 4
+    monkeypatch.undo()
+    assert main(["--resume", str(run), "--total-timesteps", "512"]) == 0
+    assert [row["update"] for row in rows_of(run)] == [str(i) for i in range(1, 9)]
+
+
+@pytest.mark.parametrize("wrong", ["observation", "reward", "exception"])
+@pytest.mark.parametrize("vector", ["sync", "async"])
+def test_an_environment_that_breaks_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, wrong, vector):
+    monkeypatch.setattr(Tiny, "made_to_fail", (40, wrong))  # in the third rollout of 16 steps
+    error = complaint(capsys, *arguments("TinyBox-v0", tmp_path, "--vector", vector))
+    run = tmp_path / "TinyBox-v0__ncdpo__1"
+    assert f"--resume {run}" in error
+    assert "ZeroDivisionError" in error if wrong == "exception" else "update 3" in error
+    state = checkpoint_of(run)
+    assert state["update"] == len(rows_of(run)) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    loss, calls = ncdpo.ppo_loss, []
+
+    def poisoned(*args, **batch):
+        calls.append(1)
+        value, diagnostics = loss(*args, **batch)
+        return (value, diagnostics) if len(calls) <= 2 * 2 * 5 else (value * math.nan, diagnostics)
+
+    monkeypatch.setattr(ncdpo, "ppo_loss", poisoned)
+    assert "update 3" in complaint(capsys, *arguments("TinyBox-v0", tmp_path))
+    state = checkpoint_of(tmp_path / "TinyBox-v0__ncdpo__1")
+    assert state["update"] == 2 and all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+def test_ncdpo_learns_cartpole(tmp_path, capsys):
+    flags = dict(num_envs=8, num_steps=128, minibatch_size=256, update_epochs=10, learning_rate=2e-3, hidden=64,
+                 denoising_steps=3, temperature=0.1, gamma=0.99, gae_lambda=0.95, total_timesteps=28_672, episodes=1)
+    line = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    assert main(["--env", "CartPole-v1", "--algo", "ncdpo", "--no-compile", "--runs", str(tmp_path), *line]) == 0
+    returns = [float(row["return"]) for row in rows_of(tmp_path / "CartPole-v1__ncdpo__1") if row["return"]]
+    assert np.mean(returns[-5:]) > 400
+
+
+def test_import_prints_and_writes_nothing(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run([sys.executable, "-c", "import ncdpo"], cwd=tmp_path, env=environment, capture_output=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, code, words", [
+    (["--help"], 0, ["--total-timesteps", "--num-envs", "--gae-lambda", "--clip-coef", "--resume", "--evaluate"]),
+    (["--env", "HalfCheeta-v4"], 2, ["ncdpo: unknown environment 'HalfCheeta-v4'; did you mean HalfCheetah-v4"])])
+def test_program_answers_from_any_folder(tmp_path, flags, code, words):
+    command = [sys.executable, "-B", str(HERE / "ncdpo.py"), *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == code and not list(tmp_path.iterdir())
+    said, silent = (result.stdout, result.stderr) if code == 0 else (result.stderr, result.stdout)
+    assert all(word in said for word in words) and silent == "" and (code == 0 or said.count("\n") == 1)
+
+
+def test_dependencies_of_the_script_are_declared_in_both_places():
+    tomllib = pytest.importorskip("tomllib")
+    source = (HERE / "ncdpo.py").read_text()
+    header = re.search(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", source, re.MULTILINE).group(1)
+    meta = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.MULTILINE))
+    name_of = lambda line: re.match(r"[\w.-]+", line).group().lower().replace("_", "-")
+    declared = {name_of(line) for line in meta["dependencies"]}
+    imported = {name.split(".")[0] for node in ast.walk(ast.parse(source)) for name in
+                ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                 [node.module] if isinstance(node, ast.ImportFrom) else [])} - set(sys.stdlib_module_names)
+    assert imported - {"envpool", "imageio"} <= declared and "requires-python" in meta
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    assert declared <= {name_of(line) for line in lines if re.match(r"\w", line)}
