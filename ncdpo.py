@@ -27,6 +27,7 @@ import argparse
 import csv
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -127,24 +128,29 @@ class Config:
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
                 raise UserError(f"{flag} must be one of {', '.join(typing.get_args(kind))}, not {value!r}.")
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and kind is not bool:  # without LIMITS: above 0
                 low, high = LIMITS.get(name, (1e-9, math.inf))
                 if not (low <= value <= high and math.isfinite(value)):
-                    limits = f"between {low} and {high}" if high < math.inf else "0 or more" if low == 0 else "above 0"
+                    limits = (f"between {low} and {high}" if high < math.inf else
+                              f"of {low} or more" if name in LIMITS else "above 0")
                     raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
         batch = self.num_envs * self.num_steps
         rollout = f"the {batch} transitions of a rollout (--num-envs {self.num_envs} x --num-steps {self.num_steps})"
         if self.minibatch_size > batch:
-            raise UserError(f"--minibatch-size {self.minibatch_size} is larger than {rollout}; make it smaller.")
+            raise UserError(f"--minibatch-size {self.minibatch_size} exceeds {rollout}; make it at most {batch}.")
         if self.total_timesteps < batch:
-            raise UserError(f"--total-timesteps {self.total_timesteps} is less than {rollout}; raise it.")
+            raise UserError(f"--total-timesteps {self.total_timesteps} is below {rollout}; make it at least {batch}.")
 
 
-NON_NEGATIVE, FRACTION, SWITCH = (0, math.inf), (0, 1), (False, True)
-LIMITS = dict(seed=NON_NEGATIVE, ent_coef=NON_NEGATIVE, vf_coef=NON_NEGATIVE, denoising_steps=(1, 100), eta=FRACTION,
-              gamma=FRACTION, gae_lambda=FRACTION, gamma_denoising=FRACTION)  # all other numbers must be positive
-LIMITS |= {name: SWITCH for name, kind in typing.get_type_hints(Config).items() if kind is bool}
-PRESETS: dict[str, dict] = {}
+FRACTION = (0, 1)
+LIMITS = dict(seed=(0, math.inf), ent_coef=(0, math.inf), vf_coef=(0, math.inf), minibatch_size=(2, math.inf),
+              denoising_steps=(1, 100), eta=FRACTION, gamma=FRACTION, gae_lambda=FRACTION, gamma_denoising=FRACTION)
+SAME_RUN = ("env", "algo", "denoising_steps", "predict", "eta", "clip_denoised", "temperature", "min_std", "hidden",
+            "activation", "num_envs", "num_steps")  # what --resume must not change
+PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
+    "Hopper": dict(init_std=1.0, gamma=0.99, gae_lambda=0.95, minibatch_size=256, update_epochs=10),
+    "Walker2d": dict(init_std=0.5, gamma=0.99, gae_lambda=0.95, minibatch_size=128, update_epochs=10,
+                     learning_rate=3e-4, hidden=64, activation="tanh")}
 
 # ===== 2  Noise schedule ==============================================================================================
 
@@ -561,15 +567,16 @@ class VectorEnv:
         self.obs_dim, self.act_space = int(np.prod(obs_space.shape)), act_space
 
     def _make_gymnasium(self, render: bool):
-        make = lambda: gym.make(self.env_id, disable_env_checker=True, render_mode="rgb_array" if render else None)
+        more = {"render_mode": "rgb_array"} if render else {}
+        make = lambda: gym.make(self.env_id, disable_env_checker=True, **more)
         kind = LeanSyncVectorEnv if self.vector == "sync" else gym.vector.AsyncVectorEnv
         mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of HalfCheetah's XML, N times
         try:
             with warnings.catch_warnings(), signals(signal.SIG_IGN, signal.SIGINT):  # Ctrl-C is not for the workers
                 warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
                 return kind([make] * self.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        except (gym.error.Error, ImportError) as error:
-            raise UserError(f"cannot make {self.env_id}: {error}") from error
+        except Exception as error:  # a missing package, a missing display, or a mistake in the environment's own code
+            raise UserError(f"cannot make {self.env_id}: {first_line(error)}") from error
         finally:
             mujoco.set_mju_user_warning(None)
 
@@ -585,7 +592,7 @@ class VectorEnv:
         try:
             obs, reward, terminated, truncated, info = self.envs.step(action.astype(self.act_space.dtype, copy=False))
         except Exception as error:
-            raise UserError(f"{self.env_id} raised {type(error).__name__} in step: {error}") from error
+            raise UserError(f"{self.env_id} raised {type(error).__name__} in step: {first_line(error)}") from error
         final_obs = obs
         if "final_obs" in info:
             final_obs, ended = obs.copy(), terminated | truncated
@@ -775,7 +782,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({first_line(error)}); free some space, then --resume") from error
+        raise UserError(f"cannot write {path} ({first_line(error)}); free some space first") from error
 
 
 def load_config(run: Path) -> Config:
@@ -823,12 +830,11 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
     without noise. Returns {"with noise": {"return", "length": arrays}, "without noise": same, "ms per action": float}.
     """
     run, config = Path(run), load_config(Path(run))
+    seed, frames, result = 1_000_003 + config.seed, [], {}  # apart from the seeds of training
     env = VectorEnv(config.env, episodes, pick_device(device), render=video is not None)
-    agent = Agent(config, env.obs_dim, env.act_dim, env.discrete).to(env.device)
-    load_checkpoint(run, agent, env)
-    result: dict = {}
-    seed, frames = 1_000_003 + config.seed, []  # apart from the seeds of training
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
+        agent = Agent(config, env.obs_dim, env.act_dim, env.discrete).to(env.device)
+        load_checkpoint(run, agent, env)
         for name in ("with noise", "without noise"):
             torch.manual_seed(seed)
             obs, alive = env.reset(seed), np.ones(episodes, bool)
@@ -873,50 +879,40 @@ COLUMNS = ["update", "step", "seconds", "episodes", "return", "length", "approx_
            "chain_clipped", "learning_rate", "seconds_simulation", "seconds_policy", "seconds_update"]
 
 
-class Metrics:
-    """metrics.csv of a run, one row an update, and TensorBoard's log if asked for."""
+def open_metrics(run: Path, keep: int):
+    """metrics.csv as (file, writer) to append to; rows after update `keep`, which no checkpoint has, are dropped."""
+    path, rows = run / "metrics.csv", []
+    if keep and path.is_file():
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["update"]) <= keep]
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
+    file = open(path, "a", newline="")
+    return file, csv.DictWriter(file, COLUMNS)
 
-    def __init__(self, run: Path, keep: int, tensorboard: bool):
-        """Goes on after the row of update `keep`: what a killed run wrote after its last checkpoint is dropped."""
-        self.path, self.board = run / "metrics.csv", None
-        kept = [row for row in self.rows() if int(row["update"]) <= keep] if keep and self.path.is_file() else []
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run))
-        self.file = open(self.path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(kept)
+def read_metrics(run: str | Path) -> dict[str, np.ndarray]:
+    """metrics.csv of a run folder, one float array per column; an empty cell (no episode ended, no chain) is NaN."""
+    with open(Path(run) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
 
-    def write(self, row: dict) -> None:
-        self.writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
-        self.file.flush()
-        for name, value in row.items() if self.board else ():
-            self.board.add_scalar(name, value, row["step"])  # flushed every two minutes and at exit
 
-    def rows(self) -> list[dict[str, str]]:
-        with open(self.path, newline="") as file:
-            return list(csv.DictReader(file))
+def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
+    """Return of the training episodes against environment steps and against seconds, as a picture."""
+    from matplotlib.figure import Figure
 
-    def history(self) -> dict[str, np.ndarray]:
-        """One float array per column; an empty cell (no episode ended, no chain) is NaN."""
-        rows = self.rows()
-        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
-
-    def plot(self, title: str) -> None:
-        """curve.png beside metrics.csv: return of the training episodes against steps and against seconds."""
-        from matplotlib.figure import Figure
-
-        history, figure = self.history(), Figure(figsize=(9, 3.2), layout="constrained")
-        there = ~np.isnan(history["return"])
-        for axes, x in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds")):
-            axes.plot(history[x][there], history["return"][there], color="black", linewidth=1)
-            axes.set_xlabel({"step": "environment steps", "seconds": "seconds of wall clock"}[x])
-            axes.grid(alpha=0.3)
-        figure.axes[0].set_ylabel("return of training episodes")
-        figure.suptitle(title)
-        figure.savefig(self.path.with_name("curve.png"), dpi=120)
+    figure, there = Figure(figsize=(9, 3.2), layout="constrained"), ~np.isnan(history["return"])
+    for axes, x in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds")):
+        axes.plot(history[x][there], history["return"][there], color="black", linewidth=1)
+        axes.set_xlabel({"step": "environment steps", "seconds": "seconds of wall clock"}[x])
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("return of training episodes")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
 
 
 # ===== 9  Training ====================================================================================================
@@ -936,6 +932,7 @@ def compiler(config: Config, device: torch.device):
     """torch.compile as a function of one function, or, with one warning, the identity where no compiler works."""
     if not config.compile:
         return lambda function: function
+    torch.compiler.reset()  # or the runs of one process, say a notebook's, share one small cache
     compiled = lambda function: torch.compile(
         function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
     try:
@@ -946,17 +943,27 @@ def compiler(config: Config, device: torch.device):
         return lambda function: function
 
 
+def open_tensorboard(run: Path):
+    """TensorBoard's writer for a run folder; raises UserError where the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard.") from None
+    return SummaryWriter(str(run))
+
+
 def new_run_folder(config: Config) -> Path:
     """runs/<env>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
     name = "__".join([config.env.replace("/", "_").replace(":", "_"), config.algo, str(config.seed)])
-    for attempt in range(1, 10_000):
+    for attempt in itertools.count(1):
         run = Path(config.runs) / (name if attempt == 1 else f"{name}-{attempt}")
         try:
             run.mkdir(parents=True)
             return run
         except FileExistsError:
             continue
-    raise UserError(f"{config.runs} already holds thousands of runs named {name}; choose another folder with --runs.")
+        except OSError as error:
+            raise UserError(f"cannot make {run} ({error.strerror}); choose another folder with --runs.") from None
 
 
 class Trainer:
@@ -999,6 +1006,11 @@ class Trainer:
 
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
+        before = load_config(run)
+        for name in SAME_RUN:
+            if (was := getattr(before, name)) != (now := getattr(self.config, name)):
+                raise UserError(f"{run} was trained with {name} = {was}, so it cannot go on with {now}: leave "
+                                f"out --{name.replace('_', '-')}, or start a new run.")
         state = load_checkpoint(run, self.agent, self.env)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"].cpu())
@@ -1073,9 +1085,9 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     run = new_run_folder(config) if resume is None else Path(resume)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     print(f"{trainer}; writing {run}", flush=True)
-    metrics, resume_command = Metrics(run, trainer.done, config.tensorboard), f"python ncdpo.py --resume {run}"
+    (file, writer), board = open_metrics(run, trainer.done), open_tensorboard(run) if config.tensorboard else None
     size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, deque(maxlen=20)
-    started, spent, stop = time.perf_counter(), dict(simulation=0.0, policy=0.0, update=0.0), []
+    started, stop, go_on = time.perf_counter(), [], f"python ncdpo.py --resume {run}"
 
     def handle(number, frame):  # finish the update, then save; a second signal interrupts at once
         if stop:
@@ -1088,8 +1100,10 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
         try:
             while trainer.done < trainer.updates and not stop:
                 row = trainer.iterate()
-                metrics.write(row)
-                spent = {name: seconds + row[f"seconds_{name}"] for name, seconds in spent.items()}
+                writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+                file.flush()
+                for name, x in row.items() if board else ():
+                    board.add_scalar(name, x, row["step"])
                 recent.extend([row["return"]] if row["episodes"] else [])
                 shown = f"return {np.mean(recent):.1f}" if recent else "no episode has ended"
                 bar.set_postfix_str(shown, refresh=False)
@@ -1099,22 +1113,27 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
                     pace = (time.perf_counter() - started) / (trainer.done - first)  # seconds an update
                     print(f"{row['step']:>13,} steps ({5 * twentieth}%), {shown}, {size / pace:,.0f} steps/s, "
                           f"{pace * (trainer.updates - trainer.done):.0f} s left", flush=True)
-                if trainer.done % config.checkpoint_every == 0 or trainer.done == trainer.updates or stop:
+                if trainer.done % config.checkpoint_every == 0:
                     save_checkpoint(run / "checkpoint.pt", trainer.state_dict())
                     saved = trainer.done
-        except UserError as error:
-            kept = f"the checkpoint of update {saved} is kept: {resume_command}" if saved else "no checkpoint exists yet"
-            raise UserError(f"{error}; {kept}") from error
+            save_checkpoint(run / "checkpoint.pt", trainer.state_dict())
+        except (UserError, OSError) as error:
+            kept = f"the checkpoint of update {saved} is kept: {go_on}" if saved else "there is no checkpoint"
+            raise UserError(f"{error}; {kept}.") from error
         finally:
             trainer.env.close()
-            metrics.file.close()
-    elapsed, steps = time.perf_counter() - started, (trainer.done - first) * size
-    print(f"{steps:,} steps in {elapsed:.1f} s, {steps / elapsed:,.0f} steps/s: "
-          + ", ".join(f"{name} {seconds / elapsed:.0%}" for name, seconds in spent.items()), flush=True)
-    print(describe(evaluate(run, config.episodes, device=str(trainer.device))))
-    metrics.plot(f"{config.algo} on {config.env}, seed {config.seed}")
-    print(f"stopped by {stop[0]}; to go on: {resume_command}" if stop else f"curve: {run / 'curve.png'}", flush=True)
-    return metrics.history()
+            file.close()
+    history, elapsed, steps = read_metrics(run), time.perf_counter() - started, (trainer.done - first) * size
+    plot_curve(history, run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
+    shares = {name: history["seconds_" + name][first:].sum() / elapsed for name in ("simulation", "policy", "update")}
+    print(f"{steps:,} steps in {elapsed:.1f} s, {steps / elapsed:,.0f} steps/s ("
+          + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + ")", flush=True)
+    if stop:
+        print(f"stopped by {stop[0]} after update {trainer.done}; to go on: {go_on}", flush=True)
+    else:
+        print(describe(evaluate(run, config.episodes, device=str(trainer.device))))
+        print(f"curve: {run / 'curve.png'}", flush=True)
+    return history
 
 
 # ===== 10  Command line ===============================================================================================
@@ -1148,6 +1167,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for a mistake told in one sentence, 130 for a second Ctrl-C."""
     try:
         config, line = parse(sys.argv[1:] if arguments is None else arguments)
+        config.check()
         if line.evaluate:
             print(describe(evaluate(line.evaluate, config.episodes, line.video, config.device)))
         else:

@@ -21,6 +21,9 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import ncdpo  # noqa: E402
 COLUMNS = ["seed", "step", "seconds", "episodes", "return", "length"]
 ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
 
@@ -58,9 +61,7 @@ def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], na
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for seed in seeds:
-            with open(runs / f"{env}__{algo}__{seed}" / "metrics.csv", newline="") as metrics:
-                rows = list(csv.DictReader(metrics))
-            history = {c: np.array([float(row[c] or "nan") for row in rows]) for c in COLUMNS[1:]}
+            history = ncdpo.read_metrics(runs / f"{env}__{algo}__{seed}")
             writer.writerows({"seed": seed, **row} for row in thin(history))
 
 
