@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "gymnasium[mujoco]>=1.1", "mujoco>=3.1", "numpy", "matplotlib", "tyro", "tqdm"]
+# dependencies = [
+#     "torch>=2.4", "gymnasium[mujoco]>=1.1,<2", "mujoco>=3.2,<5", "numpy>=1.26", "tyro>=0.9,<2", "tqdm>=4.66",
+#     "matplotlib>=3.8",
+# ]
 # ///
 """NCDPO: reinforcement learning of diffusion policies by backpropagation through the denoising steps, in one file.
 
@@ -606,7 +609,11 @@ class VectorEnv:
 
     def frame(self):
         """Picture of the first environment, (height, width, 3) uint8."""
-        return self.envs.envs[0].render()
+        try:
+            return self.envs.envs[0].render()
+        except Exception as error:
+            raise UserError(f"cannot draw {self.env_id} ({first_line(error)}); without a screen, MuJoCo tasks need the "
+                            "environment variable MUJOCO_GL=egl or MUJOCO_GL=osmesa.") from error
 
     def close(self):
         self.envs.close()
@@ -840,7 +847,7 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
             obs, alive = env.reset(seed), np.ones(episodes, bool)
             returns, lengths = np.zeros(episodes), np.zeros(episodes)
             while alive.any():
-                if video and name == "without noise" and alive[0]:
+                if video and name == "without noise" and alive[0] and lengths[0] % 2 == 0:  # every other step
                     frames.append(env.frame())
                 action = agent.act(obs, *agent.policy.noise(episodes, env.device), name == "without noise")[0]
                 obs, reward, terminated, truncated, _ = env.step(action)
@@ -859,7 +866,8 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
         import imageio  # comes with gymnasium[mujoco]
 
         try:
-            imageio.mimsave(video, frames)
+            fps = env.envs.metadata.get("render_fps", 30) / 2
+            imageio.mimsave(video, frames, **({"duration": 1000 / fps} if video.endswith(".gif") else {"fps": fps}))
         except (ValueError, ImportError, OSError) as error:
             raise UserError(f"cannot write {video} ({first_line(error)}); a name that ends in .gif always works, .mp4 "
                             "needs pip install imageio-ffmpeg.") from None
@@ -929,18 +937,26 @@ def pick_device(name: str) -> torch.device:
 
 
 def compiler(config: Config, device: torch.device):
-    """torch.compile as a function of one function, or, with one warning, the identity where no compiler works."""
-    if not config.compile:
-        return lambda function: function
+    """torch.compile as a function of one function; where it fails, it steps aside for good, with one warning."""
     torch.compiler.reset()  # or the runs of one process, say a notebook's, share one small cache
-    compiled = lambda function: torch.compile(
-        function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
-    try:
-        compiled(lambda x: torch.sin(x) + 1)(torch.zeros(8, device=device))
-        return compiled
-    except Exception as error:  # whatever is missing: a C++ compiler, Python's headers, Triton
-        warnings.warn(f"torch.compile does not work here ({first_line(error)}): training without it, more slowly")
-        return lambda function: function
+    graphs = device.type == "cuda" and config.denoising_steps <= UNROLL  # CUDA graphs
+    mode, works = "reduce-overhead" if graphs else "default", [config.compile]
+
+    def compiled(function):
+        fast = torch.compile(function, dynamic=False, mode=mode)
+
+        def call(*args, **kwargs):
+            if works[0]:
+                try:
+                    return fast(*args, **kwargs)
+                except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, no Triton, a damaged cache
+                    works[0] = False
+                    warnings.warn(f"going on more slowly, without torch.compile, which failed: {first_line(error)}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return compiled
 
 
 def open_tensorboard(run: Path):
@@ -966,6 +982,9 @@ def new_run_folder(config: Config) -> Path:
             raise UserError(f"cannot make {run} ({error.strerror}); choose another folder with --runs.") from None
 
 
+UNROLL = 10  # a longer chain is not compiled as a whole: it would take minutes
+
+
 class Trainer:
     """The state of a training run and its one verb: `iterate` plays a rollout and learns from it."""
 
@@ -977,7 +996,10 @@ class Trainer:
         self.agent = Agent(config, self.env.obs_dim, self.env.act_dim, self.env.discrete).to(self.device)
         self.parameters = [p for p in self.agent.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=1e-5, fused=True)
-        compiled = compiler(config, self.device)
+        compiled, policy = compiler(config, self.device), self.agent.policy
+        if self.config.algo != "ppo" and config.denoising_steps > UNROLL:  # compile one denoising step for all k
+            mu, ks = compiled(policy.mu), torch.arange(config.denoising_steps + 1, device=self.device)
+            policy.mu, compiled = lambda x, k, given: mu(x, ks[k], given), lambda function: function
         self.act = compiled(self.agent.act)
         self.loss = compiled(lambda **batch: ppo_loss(self.agent, config, **batch))
         self.rollout, self.episodes = Rollout(config, self.env, self.agent), Episodes(config.num_envs)
