@@ -650,6 +650,8 @@ def test_target_kl_stops_the_epochs(target_kl, updates):
     assert len(steps) == updates
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("error:going on more slowly")
 def test_compiled_loss_and_gradients_equal_the_plain_ones():
     results = []
     for switch in (False, True):
@@ -666,6 +668,29 @@ def test_compiled_loss_and_gradients_equal_the_plain_ones():
         results.append([action, log_prob, loss, diagnostics, *(p.grad for p in agent.parameters())])
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
+def test_long_chain_compiled_step_by_step_is_the_plain_one(monkeypatch, algo):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *a, **k: calls.append(f.__name__) or f(*a, **k))
+    rows = [ncdpo.Trainer(config(algo=algo, denoising_steps=ncdpo.UNROLL + 1, compile=switch)).iterate()
+            for switch in (False, True)]
+    plain, stepwise = ([row[name] for name in ("policy_loss", "approx_kl", "grad_norm")] for row in rows)
+    assert set(calls) == {"mu"} and plain == stepwise
+
+
+def test_training_goes_on_with_one_warning_where_torch_compile_fails(monkeypatch):
+    def broken(function, **_):
+        def call(*_, **__):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler")
+        return call
+
+    plain = ncdpo.Trainer(config()).iterate()
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="without torch.compile") as caught:
+        assert ncdpo.Trainer(config(compile=True)).iterate()["policy_loss"] == plain["policy_loss"]
+    assert len(caught) == 1
 
 
 # --- 8 - 10  runs ----------------------------------------------------------------------------------------------------
@@ -981,6 +1006,39 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(tmp_path, ca
     assert "update 3" in complaint(capsys, *arguments("TinyBox-v0", tmp_path))
     state = checkpoint_of(tmp_path / "TinyBox-v0__ncdpo__1")
     assert state["update"] == 2 and all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
+
+
+# --- notebooks/curves.py ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def curves(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "notebooks"))
+    return pytest.importorskip("curves")
+
+
+def test_interquartile_mean_cuts_a_quarter_at_each_end(curves):
+    assert curves.interquartile_mean([100.0, 1, 2, 3, -50]) == 2  # of five, one at each end, as scipy's trim_mean
+    x = np.random.default_rng(0).normal(size=(3, 8))
+    np.testing.assert_allclose(curves.interquartile_mean(x, 1), np.sort(x)[:, 2:6].mean(1))
+
+
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says(curves):
+    draws = np.random.default_rng(1).normal(size=(400, 30))
+    low, high = curves.interval(np.stack([curves.bootstrap(x, 400) for x in draws], 1))
+    assert 0.88 < np.mean((low < 0) & (0 < high)) < 0.98
+
+
+def test_thinned_curve_keeps_episodes_and_their_mean_return(curves):
+    rng = np.random.default_rng(2)
+    history = {"step": np.arange(1, 1001) * 64.0, "seconds": np.arange(1, 1001) * 0.5,
+               "episodes": rng.integers(0, 3, 1000).astype(float), "return": rng.normal(size=1000),
+               "length": rng.normal(size=1000)}
+    history["return"][history["episodes"] == 0] = np.nan
+    rows = curves.thin(history)
+    episodes = np.array([row["episodes"] for row in rows])
+    assert len(rows) == 100 and episodes.sum() == history["episodes"].sum()
+    mean = np.average([float(row["return"]) for row in rows], weights=episodes)
+    assert mean == pytest.approx(np.nansum(history["return"] * history["episodes"]) / episodes.sum(), abs=1e-4)
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
