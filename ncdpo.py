@@ -568,6 +568,7 @@ class VectorEnv:
             raise UserError(f"actions of {env_id} are {act_space}; only Discrete and bounded one-dimensional Box "
                             "actions are supported, so wrap the environment (gymnasium.wrappers.TransformAction).")
         self.obs_dim, self.act_space = int(np.prod(obs_space.shape)), act_space
+        self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
 
     def _make_gymnasium(self, render: bool):
         more = {"render_mode": "rgb_array"} if render else {}
@@ -807,24 +808,21 @@ def load_checkpoint(run: Path, agent: Agent, env: VectorEnv) -> dict:
 
     Raises UserError for a file that is missing, damaged, foreign, or of another task or architecture.
     """
-    path, spaces = run / "checkpoint.pt", [env.obs_dim, env.act_dim, env.discrete]
+    path = run / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"{run} has no checkpoint.pt: give a run folder whose training came to its first checkpoint.")
     try:
         state = torch.load(path, map_location=env.device, weights_only=True)
-        missing = {"env", "spaces", "update", "seconds", "agent", "optimizer", "random"} - set(state)
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise UserError(f"{path} is damaged or is no checkpoint: {first_line(error)}") from None
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}.")
-    if state["env"] != env.env_id or state["spaces"] != spaces:
-        raise UserError(f"{path} is of {state['env']} with [observations, actions, discrete] = {state['spaces']}, "
-                        f"not of {env.env_id} with {spaces}; leave out --env.")
+        task, spaces, _ = state["env"], state["spaces"], state["agent"]
+    except Exception as error:  # a damaged or foreign file can raise nearly anything
+        raise UserError(f"{path} is damaged or is no checkpoint of this program ({first_line(error)}).") from None
+    if (task, spaces) != (env.env_id, env.spaces):
+        raise UserError(f"{path} is of {task} with [observations, actions, discrete] = {spaces}, not of {env.env_id} "
+                        f"with {env.spaces}.")
     try:
         agent.load_state_dict(state["agent"])
     except RuntimeError:
-        raise UserError(f"{path} is of another architecture than the flags given; leave out --algo, --hidden, "
-                        "--denoising-steps and their like.") from None
+        raise UserError(f"{path} is of another architecture than {run / 'config.json'} says.") from None
     return state
 
 
@@ -840,7 +838,7 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
     seed, frames, result = 1_000_003 + config.seed, [], {}  # apart from the seeds of training
     env = VectorEnv(config.env, episodes, pick_device(device), render=video is not None)
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
-        agent = Agent(config, env.obs_dim, env.act_dim, env.discrete).to(env.device)
+        agent = Agent(config, *env.spaces).to(env.device)
         load_checkpoint(run, agent, env)
         for name in ("with noise", "without noise"):
             torch.manual_seed(seed)
@@ -993,9 +991,10 @@ class Trainer:
         self.config, self.device = config, pick_device(config.device)
         torch.manual_seed(config.seed)
         self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector)
-        self.agent = Agent(config, self.env.obs_dim, self.env.act_dim, self.env.discrete).to(self.device)
+        self.agent = Agent(config, *self.env.spaces).to(self.device)
         self.parameters = [p for p in self.agent.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=1e-5, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=1e-5,
+                                          fused=self.device.type != "mps")
         compiled, policy = compiler(config, self.device), self.agent.policy
         if self.config.algo != "ppo" and config.denoising_steps > UNROLL:  # compile one denoising step for all k
             mu, ks = compiled(policy.mu), torch.arange(config.denoising_steps + 1, device=self.device)
@@ -1008,23 +1007,12 @@ class Trainer:
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         self.obs = self.env.reset(config.seed)
 
-    def __str__(self) -> str:
-        c, env = self.config, self.env
-        chain = f" (K = {c.denoising_steps}, predict {c.predict}, eta {c.eta:g})" if c.algo != "ppo" else ""
-        return (f"{c.algo}{chain} on {c.env}: {env.obs_dim} observations, {env.act_dim} "
-                f"{'discrete actions' if env.discrete else 'action coordinates'}, "
-                f"{sum(p.numel() for p in self.parameters):,} parameters, {c.num_envs} environments ({c.vector}), "
-                f"{self.device} with {torch.get_num_threads()} threads")
-
     def state_dict(self) -> dict:
         """What a checkpoint holds: tensors, numbers and strings only."""
-        env = self.env
-        state = {"env": env.env_id, "spaces": [env.obs_dim, env.act_dim, env.discrete], "update": self.done,
-                 "seconds": self.seconds, "agent": self.agent.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
+        return {"env": self.env.env_id, "spaces": self.env.spaces, "update": self.done, "seconds": self.seconds,
+                "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "random": torch.get_rng_state(),
+                "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
 
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
@@ -1036,7 +1024,7 @@ class Trainer:
         state = load_checkpoint(run, self.agent, self.env)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"].cpu())
-        if self.device.type == "cuda" and "random_cuda" in state:
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
         self.done, self.seconds = state["update"], state["seconds"]
         if self.done >= self.updates:
@@ -1106,7 +1094,9 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
         trainer.resume(Path(resume))
     run = new_run_folder(config) if resume is None else Path(resume)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    print(f"{trainer}; writing {run}", flush=True)
+    chain = f" (K = {config.denoising_steps}, predict {config.predict})" if config.algo != "ppo" else ""
+    print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {sum(p.numel() for p in trainer.parameters):,} "
+          f"parameters on {trainer.device}, {config.num_envs} environments ({config.vector}); writing {run}", flush=True)
     (file, writer), board = open_metrics(run, trainer.done), open_tensorboard(run) if config.tensorboard else None
     size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, deque(maxlen=20)
     started, stop, go_on = time.perf_counter(), [], f"python ncdpo.py --resume {run}"
