@@ -112,7 +112,7 @@ class Config:
     # --- machine and output
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     vector: Literal["sync", "async", "envpool"] = "sync"  # Gymnasium's, or the package envpool
-    compile: bool = True  # torch.compile of acting and of the loss (about ten seconds at the start)
+    compile: bool = True  # torch.compile of acting and of the loss (up to half a minute at the start)
     checkpoint_chain: bool = False  # recompute the chain in the backward pass: less memory, slower
     runs: str = "runs"  # folder of the run folders
     checkpoint_every: int = 50  # updates between two checkpoints

@@ -158,6 +158,7 @@ def figure(curves: dict[str, dict[str, dict]], path: Path) -> None:
             axes.plot(million, interquartile_mean(values, 0), linewidth=1.8, label=ALGORITHMS[algo], **styles[algo])
         axes.set(title=env, xlabel="million environment steps")
         axes.grid(alpha=0.3)
+    picture.suptitle("From scratch: interquartile mean over 5 seeds and its 95% bootstrap interval", fontsize=10)
     picture.axes[0].set_ylabel("return of training episodes")
     picture.axes[0].legend(frameon=False)
     picture.savefig(path, dpi=130)
