@@ -20,7 +20,7 @@ two methods that it must be compared with: PPO with an MLP, and DPPO, which call
 
 Sections: 1 configuration, 2 noise schedule, 3 networks, 4 policies, 5 environments, 6 rollout and advantages, 7 PPO
 update, 8 checkpoints, evaluation and curves, 9 training, 10 command line. NCDPO itself is sections 2, 4 and 7.
-Labels E1 ... E15 name the equations of README.md. Letters: B batch, S observation, A action (or logits), K denoising
+Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits), K denoising
 steps, M scored decisions per action, T steps of a rollout, N environments.
 """
 
@@ -30,6 +30,7 @@ import argparse
 import csv
 import dataclasses
 import difflib
+import importlib
 import itertools
 import json
 import math
@@ -66,6 +67,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def optional(module: str, user: str):
+    """Import a module of an optional package; raises UserError that says what wants it and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = (error.name or module).split(".")[0]
+        raise UserError(f"{user} needs the package {package}: pip install {package}.") from None
+
+
 @dataclasses.dataclass
 class Config:
     """Everything that decides a run. Algorithms differ by `algo` alone; see `Config.for_task` for the presets."""
@@ -82,7 +92,7 @@ class Config:
     eta: float = 1.0  # noise of the reverse chain (E4): 1 is DDPM, 0 is DDIM
     clip_denoised: float = 1.0  # the clean estimate is clipped to [-c, c] at each denoising step (E3)
     temperature: float = 0.1  # tau of the softmax over denoised logits (E8), for Discrete actions
-    min_std: float = 0.1  # DPPO only: floor of each denoising step's standard deviation (E15)
+    min_std: float = 0.2  # DPPO only: floor of each denoising step's standard deviation (E15)
     gamma_denoising: float = 0.99  # DPPO only: discount of the advantage per denoising step still to go (E15)
 
     # --- networks
@@ -131,12 +141,11 @@ class Config:
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
                 raise UserError(f"{flag} must be one of {', '.join(typing.get_args(kind))}, not {value!r}.")
-            if isinstance(value, (int, float)) and kind is not bool:  # without LIMITS: above 0
-                low, high = LIMITS.get(name, (1e-9, math.inf))
-                if not (low <= value <= high and math.isfinite(value)):
-                    limits = (f"between {low} and {high}" if high < math.inf else
-                              f"of {low} or more" if name in LIMITS else "above 0")
-                    raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
+            low, high = LIMITS.get(name, (1e-12, math.inf))  # a number without LIMITS must be above 0
+            if kind is not bool and isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
+                limits = ("above 0" if name not in LIMITS else
+                          f"between {low} and {high}" if high < math.inf else f"of {low} or more")
+                raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
         batch = self.num_envs * self.num_steps
         rollout = f"the {batch} transitions of a rollout (--num-envs {self.num_envs} x --num-steps {self.num_steps})"
         if self.minibatch_size > batch:
@@ -151,7 +160,7 @@ LIMITS = dict(seed=(0, math.inf), ent_coef=(0, math.inf), vf_coef=(0, math.inf),
 SAME_RUN = ("env", "algo", "denoising_steps", "predict", "eta", "clip_denoised", "temperature", "min_std", "hidden",
             "activation", "num_envs", "num_steps")  # what --resume must not change
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
-    "Hopper": dict(init_std=1.0, gamma=0.99, gae_lambda=0.95, minibatch_size=256, update_epochs=10),
+    "Hopper": dict(init_std=1.0, min_std=0.4, gamma=0.99, gae_lambda=0.95, minibatch_size=256, update_epochs=10),
     "Walker2d": dict(init_std=0.5, gamma=0.99, gae_lambda=0.95, minibatch_size=128, update_epochs=10,
                      learning_rate=3e-4, hidden=64, activation="tanh")}
 
@@ -512,10 +521,7 @@ class EnvPoolVectorEnv:
     """
 
     def __init__(self, env_id: str, num_envs: int):
-        try:
-            import envpool
-        except ImportError:
-            raise UserError("--vector envpool needs the package envpool: pip install envpool.") from None
+        envpool = optional("envpool", "--vector envpool")
         if env_id not in envpool.list_all_envs():
             raise UserError(f"EnvPool has no task {env_id!r}; use --vector sync.")
         threads = min(num_envs, torch.get_num_threads())
@@ -776,6 +782,14 @@ def chain_gradient(agent: Agent, obs, action, omega, advantage) -> tuple[np.ndar
     return np.array(norms), (xs[-1].abs() >= agent.policy.schedule.clip).float().mean().item()
 
 
+@torch.no_grad()
+def chain_std(agent: Agent, obs) -> float:
+    """Standard deviation of the action over the chain's noise, the c of E17, from two draws at each obs (B, S)."""
+    with torch.random.fork_rng(devices=[obs.device] if obs.is_cuda else []):  # to measure must not change the run
+        one, other = (agent.policy.sample(obs, deterministic=True)[0] for _ in range(2))
+    return ((one - other).square().mean() / 2).sqrt().item()
+
+
 # ===== 8  Checkpoints, evaluation and curves ==========================================================================
 
 
@@ -813,16 +827,12 @@ def load_checkpoint(run: Path, agent: Agent, env: VectorEnv) -> dict:
         raise UserError(f"{run} has no checkpoint.pt: give a run folder whose training came to its first checkpoint.")
     try:
         state = torch.load(path, map_location=env.device, weights_only=True)
-        task, spaces, _ = state["env"], state["spaces"], state["agent"]
-    except Exception as error:  # a damaged or foreign file can raise nearly anything
-        raise UserError(f"{path} is damaged or is no checkpoint of this program ({first_line(error)}).") from None
-    if (task, spaces) != (env.env_id, env.spaces):
-        raise UserError(f"{path} is of {task} with [observations, actions, discrete] = {spaces}, not of {env.env_id} "
-                        f"with {env.spaces}.")
-    try:
+        if state["env"] != env.env_id:
+            raise ValueError(f"it is of {state['env']}")
         agent.load_state_dict(state["agent"])
-    except RuntimeError:
-        raise UserError(f"{path} is of another architecture than {run / 'config.json'} says.") from None
+    except Exception as error:  # a damaged or foreign file can raise nearly anything
+        raise UserError(f"{path} is damaged, or of another program, task or architecture than config.json beside it "
+                        f"({first_line(error)}).") from None
     return state
 
 
@@ -881,23 +891,17 @@ def describe(result: dict) -> str:
 
 
 COLUMNS = ["update", "step", "seconds", "episodes", "return", "length", "approx_kl", "clip_fraction",
-           "explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm", "sigma", "chain_gradient_ratio",
-           "chain_clipped", "learning_rate", "seconds_simulation", "seconds_policy", "seconds_update"]
+           "explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm", "sigma", "chain_std",
+           "chain_gradient_ratio", "chain_clipped", "learning_rate", "seconds_simulation", "seconds_policy", "seconds_update"]
 
 
 def open_metrics(run: Path, keep: int):
-    """metrics.csv as (file, writer) to append to; rows after update `keep`, which no checkpoint has, are dropped."""
-    path, rows = run / "metrics.csv", []
-    if keep and path.is_file():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["update"]) <= keep]
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
-    file = open(path, "a", newline="")
-    return file, csv.DictWriter(file, COLUMNS)
+    """metrics.csv as a file to append to; rows after update `keep`, which no checkpoint has, are dropped."""
+    path, temporary = run / "metrics.csv", run / "metrics.tmp"
+    lines = path.read_text().splitlines()[1:keep + 1] if path.is_file() else []
+    temporary.write_text("\n".join([",".join(COLUMNS), *lines]) + "\n")
+    os.replace(temporary, path)
+    return open(path, "a", buffering=1)  # one line at a time
 
 
 def read_metrics(run: str | Path) -> dict[str, np.ndarray]:
@@ -957,15 +961,6 @@ def compiler(config: Config, device: torch.device):
     return compiled
 
 
-def open_tensorboard(run: Path):
-    """TensorBoard's writer for a run folder; raises UserError where the package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard.") from None
-    return SummaryWriter(str(run))
-
-
 def new_run_folder(config: Config) -> Path:
     """runs/<env>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
     name = "__".join([config.env.replace("/", "_").replace(":", "_"), config.algo, str(config.seed)])
@@ -996,7 +991,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=1e-5,
                                           fused=self.device.type != "mps")
         compiled, policy = compiler(config, self.device), self.agent.policy
-        if self.config.algo != "ppo" and config.denoising_steps > UNROLL:  # compile one denoising step for all k
+        if config.compile and config.algo != "ppo" and config.denoising_steps > UNROLL:  # one denoising step for all k
             mu, ks = compiled(policy.mu), torch.arange(config.denoising_steps + 1, device=self.device)
             policy.mu, compiled = lambda x, k, given: mu(x, ks[k], given), lambda function: function
         self.act = compiled(self.agent.act)
@@ -1009,7 +1004,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """What a checkpoint holds: tensors, numbers and strings only."""
-        return {"env": self.env.env_id, "spaces": self.env.spaces, "update": self.done, "seconds": self.seconds,
+        return {"env": self.env.env_id, "update": self.done, "seconds": self.seconds,
                 "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "random": torch.get_rng_state(),
                 "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
@@ -1059,12 +1054,14 @@ class Trainer:
         row = update(agent, config, self.optimizer, self.loss, batch)
         self.require_finite("the loss or its gradient", *row.values())
 
+        few = {name: tensor[:128] for name, tensor in batch.items()}
         if config.algo == "ncdpo":
-            few = {name: tensor[:128] for name, tensor in batch.items()}
             norms, clipped = chain_gradient(agent, few["obs"], few["action"], few["latent"], few["advantage"])
             row |= {"chain_gradient_ratio": norms[1] / max(norms[-1], 1e-30), "chain_clipped": clipped}
         if not self.env.discrete:
             row["sigma"] = agent.policy.head.log_std.exp().mean().item()
+            if config.algo != "ppo":
+                row["chain_std"] = chain_std(agent, few["obs"])
         if finished:
             row["return"], row["length"] = np.mean(finished, axis=0).tolist()
         self.done += 1
@@ -1092,12 +1089,13 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     trainer = Trainer(config)
     if resume is not None:
         trainer.resume(Path(resume))
+    tensorboard = optional("torch.utils.tensorboard", "--tensorboard") if config.tensorboard else None
     run = new_run_folder(config) if resume is None else Path(resume)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     chain = f" (K = {config.denoising_steps}, predict {config.predict})" if config.algo != "ppo" else ""
     print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {sum(p.numel() for p in trainer.parameters):,} "
           f"parameters on {trainer.device}, {config.num_envs} environments ({config.vector}); writing {run}", flush=True)
-    (file, writer), board = open_metrics(run, trainer.done), open_tensorboard(run) if config.tensorboard else None
+    file, board = open_metrics(run, trainer.done), tensorboard and tensorboard.SummaryWriter(str(run))
     size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, deque(maxlen=20)
     started, stop, go_on = time.perf_counter(), [], f"python ncdpo.py --resume {run}"
 
@@ -1112,8 +1110,8 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
         try:
             while trainer.done < trainer.updates and not stop:
                 row = trainer.iterate()
-                writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
-                file.flush()
+                cells = [row.get(name, "") for name in COLUMNS]
+                file.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in cells) + "\n")
                 for name, x in row.items() if board else ():
                     board.add_scalar(name, x, row["step"])
                 recent.extend([row["return"]] if row["episodes"] else [])

@@ -7,6 +7,7 @@ README.md's equations. torch.compile is off but in test_compiled_loss_and_gradie
 import ast
 import csv
 import itertools
+import json
 import math
 import os
 import re
@@ -642,6 +643,16 @@ def test_chain_gradient_measures_the_gradient_at_each_denoising_step(float64):  
     assert (norms[0], norms[-1]) == pytest.approx((at_omega[:, 0].norm().item(), at_x0.norm().item()))
 
 
+@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
+def test_chain_std_is_the_deviation_of_the_action_over_the_chains_noise(algo):  # E17
+    agent = ncdpo.Agent(config(algo=algo, predict="epsilon"), 3, 2, False)
+    obs = torch.randn(1, 3)
+    actions = agent.policy.sample(obs.expand(20_000, 3), deterministic=True)[0]
+    expected = actions.var(0).mean().sqrt().item()
+    assert expected > 0.05
+    assert ncdpo.chain_std(agent, obs.expand(20_000, 3)) == pytest.approx(expected, rel=0.03)
+
+
 @pytest.mark.parametrize("target_kl, updates", [(None, 8 * 2), (1e-8, 2)])
 def test_target_kl_stops_the_epochs(target_kl, updates):
     trainer, steps = ncdpo.Trainer(config(update_epochs=8, target_kl=target_kl)), []
@@ -1028,17 +1039,68 @@ def test_bootstrap_interval_covers_the_mean_as_often_as_it_says(curves):
     assert 0.88 < np.mean((low < 0) & (0 < high)) < 0.98
 
 
+def test_ratio_of_known_sets_of_seeds(curves):
+    point, low, high = curves.ratio([20.0] * 5, [10.0] * 5)
+    assert (point, low, high) == (2, 2, 2)
+    point, low, high = curves.ratio([9.0, 10, 10, 10, 50], [1.0, 5, 5, 5, 6])
+    assert point == 2 and low <= point <= high and low < high
+
+
+def test_steps_to_a_threshold_are_those_of_a_straight_line(curves):
+    curve = {"step": np.arange(1, 101)[None] * 10_000.0, "return": np.arange(100)[None] * 1.0}
+    steps = curves.reach({name: x.repeat(2, 0) for name, x in curve.items()}, 50)
+    assert steps.shape == (2,) and abs(steps[0] - 0.53) < 0.011  # the mean of five rows lags by two
+    assert np.isinf(curves.reach(curve, 1000)).all()
+
+
 def test_thinned_curve_keeps_episodes_and_their_mean_return(curves):
     rng = np.random.default_rng(2)
     history = {"step": np.arange(1, 1001) * 64.0, "seconds": np.arange(1, 1001) * 0.5,
                "episodes": rng.integers(0, 3, 1000).astype(float), "return": rng.normal(size=1000),
-               "length": rng.normal(size=1000)}
+               "length": rng.normal(size=1000), **{name: rng.normal(size=1000) for name in curves.DIAGNOSTICS}}
+    history["chain_std"][:] = np.nan  # MLP+PPO has no chain
     history["return"][history["episodes"] == 0] = np.nan
     rows = curves.thin(history)
     episodes = np.array([row["episodes"] for row in rows])
     assert len(rows) == 100 and episodes.sum() == history["episodes"].sum()
     mean = np.average([float(row["return"]) for row in rows], weights=episodes)
     assert mean == pytest.approx(np.nansum(history["return"] * history["episodes"]) / episodes.sum(), abs=1e-4)
+    assert float(rows[7]["sigma"]) == pytest.approx(history["sigma"][70:80].mean(), rel=1e-3)
+    assert {row["chain_std"] for row in rows} == {""}
+
+
+# --- the notebooks ---------------------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def shown(cell):
+    """What a cell leaves on the page: the kinds of its outputs, but for warnings."""
+    data = [sorted(out.data) for out in cell.outputs if "data" in out]
+    return data, any(out.output_type == "stream" and out.name == "stdout" for out in cell.outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_and_shows_what_it_showed_when_it_was_committed(path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    committed = nbformat.read(path, as_version=4)
+    assert [cell.execution_count for cell in code_cells(committed)] == list(range(1, len(code_cells(committed)) + 1))
+    fresh = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(fresh, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    for was, now in zip(code_cells(committed), code_cells(fresh)):
+        assert shown(was) == shown(now), was.source
+
+
+def test_every_equation_of_the_readme_is_in_a_notebook():
+    labels = set(re.findall(r"^\| (E\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE))
+    texts = [cell["source"] for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"]
+             if cell["cell_type"] == "markdown"]
+    assert len(labels) >= 15 and len(NOTEBOOKS) >= 4
+    assert labels <= set(re.findall(r"\bE\d+\b", "".join("".join(text) for text in texts)))
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

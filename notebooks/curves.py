@@ -1,11 +1,12 @@
 """Training curves of the comparison: make them, and turn them into the table and the figure of README.md.
 
-    python notebooks/curves.py train HalfCheetah-v4 ncdpo    # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
-    python notebooks/curves.py                               # all curves/*.csv -> the table (printed) and curves.png
+    python notebooks/curves.py train HalfCheetah-v4 ncdpo   # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
+    python notebooks/curves.py                              # all curves/*.csv -> the table (printed) and curves.png
 
 Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
-(environment steps at the row's end), seconds (of wall clock until then), episodes (that ended within the row), and the
-means of return and length over those episodes, empty where no episode ended.
+(environment steps at the row's end), seconds (of wall clock until then), episodes (that ended in the row), the means
+of return and length over those episodes (empty where none ended), and the means of the diagnostics of metrics.csv over
+the row's updates (empty where the algorithm has none), which README.md explains.
 """
 
 from __future__ import annotations
@@ -24,20 +25,30 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import ncdpo  # noqa: E402
-COLUMNS = ["seed", "step", "seconds", "episodes", "return", "length"]
+
+DIAGNOSTICS = ["approx_kl", "clip_fraction", "explained_variance", "entropy", "sigma", "chain_std",
+               "chain_gradient_ratio", "chain_clipped"]
+COLUMNS = ["seed", "step", "seconds", "episodes", "return", "length", *DIAGNOSTICS]
 ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
+STYLES = {"ncdpo": dict(color="#c1272d", linestyle="-"), "ppo": dict(color="#0000a7", linestyle="--"),
+          "dppo": dict(color="#777777", linestyle=":")}
 
 
 def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
     """The history that `ncdpo.train` returns, as `bins` rows with the columns above (all but the seed)."""
     rows, edges = [], np.linspace(0, history["step"][-1], bins + 1)
     for low, high in zip(edges[:-1], edges[1:]):
-        inside = (history["step"] > low) & (history["step"] <= high) & (history["episodes"] > 0)
-        weight = history["episodes"][inside]
-        mean = lambda name: f"{np.average(history[name][inside], weights=weight):.5g}" if len(weight) else ""
-        seconds = np.interp(high, history["step"], history["seconds"])
-        rows.append({"step": round(high), "seconds": f"{seconds:.1f}", "episodes": int(weight.sum()),
-                     "return": mean("return"), "length": mean("length")})
+        inside = (history["step"] > low) & (history["step"] <= high)
+        ended = inside & (history["episodes"] > 0)
+        weight = history["episodes"][ended]
+        row = {"step": round(high), "seconds": f"{np.interp(high, history['step'], history['seconds']):.1f}",
+               "episodes": int(weight.sum())}
+        for name in ("return", "length"):
+            row[name] = f"{np.average(history[name][ended], weights=weight):.5g}" if len(weight) else ""
+        for name in DIAGNOSTICS:
+            x = history[name][inside]
+            row[name] = f"{x.mean():.4g}" if len(x) and not np.isnan(x).any() else ""
+        rows.append(row)
     return rows
 
 
@@ -91,6 +102,13 @@ def area(curve: dict[str, np.ndarray]) -> np.ndarray:
     return returns(curve).mean(1)
 
 
+def reach(curve: dict[str, np.ndarray], threshold: float) -> np.ndarray:
+    """Million environment steps until the return, averaged over 5% of training, is at the threshold; inf if never."""
+    smooth = np.stack([np.convolve(r, np.ones(5) / 5, "valid") for r in returns(curve)])
+    there = smooth >= threshold
+    return np.where(there.any(1), curve["step"][:, 4:][0, there.argmax(1)] / 1e6, np.inf)
+
+
 def interquartile_mean(x, axis: int = -1) -> np.ndarray:
     """Mean without the lowest and the highest quarter, each rounded down (Agarwal et al., 2021; scipy's trim_mean)."""
     x = np.sort(np.asarray(x, float), axis)
@@ -110,6 +128,12 @@ def interval(samples) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.percentile(samples, [2.5, 97.5], axis=0))
 
 
+def ratio(ours, theirs) -> tuple[float, float, float]:
+    """Ratio of the interquartile means of two sets of seeds, and its 95% bootstrap interval."""
+    low, high = interval(bootstrap(ours, seed=1) / bootstrap(theirs, seed=2))
+    return float(interquartile_mean(ours) / interquartile_mean(theirs)), float(low), float(high)
+
+
 def load(folder: Path) -> dict[str, dict[str, dict]]:
     """curves[env][algo] of the files <env>__<algo>.csv."""
     curves: dict[str, dict[str, dict]] = {}
@@ -122,8 +146,8 @@ def load(folder: Path) -> dict[str, dict[str, dict]]:
 
 def table(curves: dict[str, dict[str, dict]]) -> str:
     """The comparison as Markdown: interquartile means over seeds, 95% bootstrap intervals, ratios to NCDPO."""
-    lines = ["| task | algorithm | seeds | final return | area under the curve | NCDPO's final / this | NCDPO's area / this "
-             "| minutes a run |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| task | algorithm | seeds | final return | area under the curve | NCDPO's final / this "
+             "| NCDPO's area / this | minutes a run |", "|---|---|---|---|---|---|---|---|"]
     for env, by_algo in curves.items():
         for algo in (a for a in ALGORITHMS if a in by_algo):
             curve, cells = by_algo[algo], []
@@ -131,37 +155,36 @@ def table(curves: dict[str, dict[str, dict]]) -> str:
                 low, high = interval(bootstrap(measure(curve)))
                 cells.append(f"{interquartile_mean(measure(curve)):.0f} [{low:.0f}, {high:.0f}]")
             for measure in (final, area):
-                if algo == "ncdpo" or "ncdpo" not in by_algo:
-                    cells.append("")
-                    continue
-                ours, theirs = measure(by_algo["ncdpo"]), measure(curve)
-                low, high = interval(bootstrap(ours, seed=1) / bootstrap(theirs, seed=2))
-                cells.append(f"{interquartile_mean(ours) / interquartile_mean(theirs):.2f} [{low:.2f}, {high:.2f}]")
+                cells.append("" if algo == "ncdpo" or "ncdpo" not in by_algo else
+                             "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(measure(by_algo["ncdpo"]), measure(curve))))
             minutes = np.median(curve["seconds"][:, -1]) / 60
             lines.append(f"| {env} | {ALGORITHMS[algo]} | {len(curve['seed'])} | {' | '.join(cells)} | {minutes:.1f} |")
     return "\n".join(lines)
 
 
-def figure(curves: dict[str, dict[str, dict]], path: Path) -> None:
-    """One panel a task: interquartile mean over seeds and its 95% bootstrap band against environment steps."""
+def band(axes, x, values, resamples: int = 2000, **style) -> None:
+    """Interquartile mean over seeds of values (seeds, rows) against x (rows,), with its 95% bootstrap band."""
+    low, high = interval(bootstrap(values, resamples))
+    axes.fill_between(x, low, high, color=style.get("color"), alpha=0.15, linewidth=0)
+    axes.plot(x, interquartile_mean(values, 0), linewidth=1.8, **style)
+
+
+def figure(curves: dict[str, dict[str, dict]], against: str = "step"):
+    """One panel a task: the return of all algorithms against environment steps ("step") or wall clock ("seconds")."""
     from matplotlib.figure import Figure
 
-    styles = {"ncdpo": dict(color="#c1272d"), "ppo": dict(color="#0000a7", linestyle="--"),
-              "dppo": dict(color="#777777", linestyle=":")}
+    unit, label = {"step": (1e6, "million environment steps"), "seconds": (60, "minutes of wall clock")}[against]
     picture = Figure(figsize=(3.6 * len(curves), 3.1), layout="constrained")
     for axes, (env, by_algo) in zip(picture.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for algo in (a for a in ALGORITHMS if a in by_algo):
             curve = by_algo[algo]
-            million, values = curve["step"][0] / 1e6, returns(curve)
-            low, high = interval(bootstrap(values, 2000))
-            axes.fill_between(million, low, high, color=styles[algo]["color"], alpha=0.15, linewidth=0)
-            axes.plot(million, interquartile_mean(values, 0), linewidth=1.8, label=ALGORITHMS[algo], **styles[algo])
-        axes.set(title=env, xlabel="million environment steps")
+            band(axes, np.median(curve[against], 0) / unit, returns(curve), label=ALGORITHMS[algo], **STYLES[algo])
+        axes.set(title=env, xlabel=label)
         axes.grid(alpha=0.3)
     picture.suptitle("From scratch: interquartile mean over 5 seeds and its 95% bootstrap interval", fontsize=10)
     picture.axes[0].set_ylabel("return of training episodes")
     picture.axes[0].legend(frameon=False)
-    picture.savefig(path, dpi=130)
+    return picture
 
 
 def main() -> None:
@@ -179,7 +202,8 @@ def main() -> None:
     else:
         curves = load(HERE / "curves")
         print(table(curves))
-        figure({env: c for env, c in curves.items() if len(c) > 1}, HERE / "curves" / "curves.png")
+        compared = {env: by_algo for env, by_algo in curves.items() if len(by_algo) > 1}
+        figure(compared).savefig(HERE / "curves" / "curves.png", dpi=130)
 
 
 if __name__ == "__main__":
