@@ -92,7 +92,7 @@ class Config:
     eta: float = 1.0  # noise of the reverse chain (E4): 1 is DDPM, 0 is DDIM
     clip_denoised: float = 1.0  # the clean estimate is clipped to [-c, c] at each denoising step (E3)
     temperature: float = 0.1  # tau of the softmax over denoised logits (E8), for Discrete actions
-    min_std: float = 0.2  # DPPO only: floor of each denoising step's standard deviation (E15)
+    min_std: float = 0.1  # DPPO only: floor of each denoising step's standard deviation (E15)
     gamma_denoising: float = 0.99  # DPPO only: discount of the advantage per denoising step still to go (E15)
 
     # --- networks
@@ -160,8 +160,8 @@ LIMITS = dict(seed=(0, math.inf), ent_coef=(0, math.inf), vf_coef=(0, math.inf),
 SAME_RUN = ("env", "algo", "denoising_steps", "predict", "eta", "clip_denoised", "temperature", "min_std", "hidden",
             "activation", "num_envs", "num_steps")  # what --resume must not change
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
-    "Hopper": dict(init_std=1.0, min_std=0.4, gamma=0.99, gae_lambda=0.95, minibatch_size=256, update_epochs=10),
-    "Walker2d": dict(init_std=0.5, gamma=0.99, gae_lambda=0.95, minibatch_size=128, update_epochs=10,
+    "Hopper": dict(init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95, minibatch_size=256, update_epochs=10),
+    "Walker2d": dict(init_std=0.5, min_std=0.2, gamma=0.99, gae_lambda=0.95, minibatch_size=128, update_epochs=10,
                      learning_rate=3e-4, hidden=64, activation="tanh")}
 
 # ===== 2  Noise schedule ==============================================================================================
