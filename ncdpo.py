@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch>=2.4", "gymnasium[mujoco]>=1.1,<2", "mujoco>=3.2,<5", "numpy>=1.26", "tyro>=0.9,<2", "tqdm>=4.66",
-#     "matplotlib>=3.8",
-# ]
+# dependencies = ["torch>=2.4,<2.14", "gymnasium[mujoco]>=1.1,<2", "mujoco>=3.2,<5", "numpy>=1.26", "tyro>=0.9,<2",
+#     "tqdm>=4.66", "matplotlib>=3.8"]
 # ///
 """NCDPO: reinforcement learning of diffusion policies by backpropagation through the denoising steps, in one file.
 
@@ -19,9 +17,9 @@ two methods that it must be compared with: PPO with an MLP, and DPPO, which call
     python ncdpo.py --resume runs/HalfCheetah-v4__ncdpo__1
 
 Sections: 1 configuration, 2 noise schedule, 3 networks, 4 policies, 5 environments, 6 rollout and advantages, 7 PPO
-update, 8 checkpoints, evaluation and curves, 9 training, 10 command line. NCDPO itself is sections 2, 4 and 7.
-Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits), K denoising
-steps, M scored decisions per action, T steps of a rollout, N environments.
+update, 8 checkpoints, evaluation and curves, 9 training, 10 command line. NCDPO itself is sections 2, 3, 4 and 7.
+Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits; in `ppo_loss`
+the advantage), K denoising steps, M scored decisions per action, T steps of a rollout, N environments.
 """
 
 from __future__ import annotations
@@ -39,6 +37,7 @@ import signal
 import sys
 import threading
 import time
+import timeit
 import typing
 import warnings
 from collections import deque
@@ -56,7 +55,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ===== 1  Configuration ===============================================================================================
-
 
 class UserError(Exception):
     """A mistake of the user's or of their machine, told in one sentence that names the remedy."""
@@ -112,7 +110,7 @@ class Config:
     clip_coef: float = 0.2  # clip of the likelihood ratio (E12)
     clip_vloss: bool = False  # clip the value's change by clip_coef as well
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    ent_coef: float = 0.0  # weight of the entropy bonus
+    ent_coef: float = 0.0  # weight of the entropy bonus (no effect on DPPO's Box actions, whose sigma is fixed)
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     target_kl: float | None = None  # stop the epochs of an update once the approximate KL exceeds this
@@ -165,7 +163,6 @@ PRESETS: dict[str, dict] = {  # by the name of the task without its version; the
                      learning_rate=3e-4, hidden=64, activation="tanh")}
 
 # ===== 2  Noise schedule ==============================================================================================
-
 
 class Schedule(nn.Module):
     """Tables of the cosine schedule (Nichol and Dhariwal, 2021) and the steps that use them (E1, E3, E4).
@@ -239,7 +236,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.split = [act_dim, obs_dim, embedding]
         self.first = linear(sum(self.split), hidden)
-        self.act = ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]()
         self.rest = nn.Sequential(linear(hidden, hidden), ACTIVATIONS[activation](), linear(hidden, act_dim, 0.01))
         freq = torch.exp(-math.log(1000) * torch.arange(embedding // 2) / (embedding // 2))
         angle = torch.arange(steps + 1)[:, None] * freq
@@ -253,7 +250,7 @@ class Denoiser(nn.Module):
     def forward(self, x, k, of_obs, of_k):
         """Network output (..., A) at x_k (..., A); k an int, or a LongTensor that broadcasts with x's leading axes."""
         of_x = self.first.weight[:, :self.split[0]]
-        return self.rest(self.act(F.linear(x, of_x) + of_obs + of_k[k]))
+        return self.rest(self.activation(F.linear(x, of_x) + of_obs + of_k[k]))
 
 
 class Normalizer(nn.Module):
@@ -281,7 +278,6 @@ class Normalizer(nn.Module):
 
 # ===== 4  Policies ====================================================================================================
 
-
 class Gaussian(nn.Module):
     """Final Gaussian N(action; mean, diag(sigma^2)) for Box actions (E7); log sigma is learnt unless `fixed`."""
 
@@ -294,9 +290,6 @@ class Gaussian(nn.Module):
 
     def sample(self, mean, noise):
         return mean + self.log_std.exp() * noise
-
-    def mode(self, mean):
-        return mean
 
     def log_prob(self, mean, action):
         z = (action - mean) * torch.exp(-self.log_std)
@@ -319,9 +312,6 @@ class Categorical(nn.Module):
     def sample(self, logits, noise):
         return (logits / self.temperature + noise).argmax(-1)
 
-    def mode(self, logits):
-        return logits.argmax(-1)
-
     def log_prob(self, logits, action):
         return F.log_softmax(logits / self.temperature, -1).gather(-1, action[..., None]).squeeze(-1)
 
@@ -331,11 +321,14 @@ class Categorical(nn.Module):
 
 
 class Policy(nn.Module):
-    """A deterministic mean with one distribution on its end. Subclasses say what the mean is; DPPO scores more.
+    """A deterministic mean with one distribution, the head, on its end.
 
-    sample(obs) -> action (B, A) or (B,), log_prob (B, M), latent       what the rollout calls
-    log_prob(obs, action, latent) -> (B, M)                             the same number, now with a gradient
-    `latent` is what must be remembered to score the action again; `weight` (M,) scales the advantage per decision.
+    noise(n, device) -> chain's noise, head's noise                      all randomness, before anything is computed
+    act(obs, noise, noise) -> action (B, A) or (B,), log_prob (B, M), latent            what the rollout calls
+    evaluate(obs, action, latent) -> log_prob (B, M), entropy (B,)       what the update calls, with gradients
+    sample(obs) and log_prob(obs, action, latent) are the two in short. Observations are normalised (B, S); `latent` is
+    what must be remembered to score an action again; `weight` (M,) scales the advantage of each decision. A subclass
+    defines mean(obs, latent) -> (B, A), or, as DPPO does, act and evaluate.
     """
 
     latent_steps = 0  # latent has shape (B, latent_steps, A)
@@ -345,22 +338,20 @@ class Policy(nn.Module):
         self.act_dim, self.head = act_dim, head
         self.register_buffer("weight", torch.ones(1), persistent=False)
 
-    def mean(self, obs, latent):
-        raise NotImplementedError
-
     def noise(self, n: int, device):
-        """All randomness of n actions, drawn before anything is computed: (latent noise, the head's noise)."""
+        """All randomness of n actions: that of the chain (n, latent_steps, A), and the head's (n, A)."""
         return (torch.randn(n, self.latent_steps, self.act_dim, device=device),
                 self.head.noise((n, self.act_dim), device))
 
     def sample(self, obs, deterministic: bool = False):
         """Draw actions; `deterministic` leaves out the head's noise but not that of the chain."""
-        return self.act(obs, *self.noise(len(obs), obs.device), deterministic)
+        latent, noise = self.noise(len(obs), obs.device)
+        return self.act(obs, latent, torch.zeros_like(noise) if deterministic else noise)
 
-    def act(self, obs, latent, noise, deterministic: bool = False):
-        """The action as a deterministic function of observation and noise; see `sample`."""
+    def act(self, obs, latent, noise):
+        """The action as a deterministic function of observation and noise."""
         mean = self.mean(obs, latent)
-        action = self.head.mode(mean) if deterministic else self.head.sample(mean, noise)
+        action = self.head.sample(mean, noise)
         return action, self.head.log_prob(mean, action)[:, None], latent
 
     def evaluate(self, obs, action, latent):
@@ -387,8 +378,9 @@ class MLPPolicy(Policy):
 class DiffusionPolicy(Policy):
     """What NCDPO and DPPO share: a denoiser, a schedule, and behaviour cloning."""
 
-    def __init__(self, config: Config, obs_dim: int, act_dim: int, head: nn.Module):
-        super().__init__(act_dim, head)
+    def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool, gaussian: Gaussian | None = None):
+        gaussian = gaussian or Gaussian(act_dim, config.init_std)
+        super().__init__(act_dim, Categorical(config.temperature) if discrete else gaussian)
         self.K = self.latent_steps = config.denoising_steps
         self.predict, self.checkpoint_chain = config.predict, config.checkpoint_chain
         self.schedule = Schedule(self.K, config.predict, config.eta, config.clip_denoised)
@@ -410,10 +402,6 @@ class DiffusionPolicy(Policy):
 
 class NCDPO(DiffusionPolicy):
     """Noise-conditioned policy (E6-E8): the denoising chain is the mean, its noise omega is part of the state (E9)."""
-
-    def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool):
-        head = Categorical(config.temperature) if discrete else Gaussian(act_dim, config.init_std)
-        super().__init__(config, obs_dim, act_dim, head)
 
     def mean(self, obs, omega):
         """f_theta(s, omega) (E6), the mean action (B, A) of given noise omega = (x_K, z_K, ..., z_2), (B, K, A)."""
@@ -445,8 +433,7 @@ class DPPO(DiffusionPolicy):
     """
 
     def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool):
-        head = Categorical(config.temperature) if discrete else Gaussian(act_dim, config.min_std, fixed=True)
-        super().__init__(config, obs_dim, act_dim, head)
+        super().__init__(config, obs_dim, act_dim, discrete, Gaussian(act_dim, config.min_std, fixed=True))
         std = self.schedule.sigma.clamp(min=config.min_std)
         steps_to_go = torch.arange(self.K - 1, -1, -1)
         self.register_buffer("std", std, persistent=False)
@@ -458,7 +445,7 @@ class DPPO(DiffusionPolicy):
         z = (x_before - mu) / self.std[k]
         return (-0.5 * z**2 - torch.log(self.std[k]) - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def act(self, obs, latent, noise, deterministic: bool = False):
+    def act(self, obs, latent, noise):  # latent in: the chain's noise; latent out: the chain itself, x_K ... x_1
         given = self.denoiser.given(obs)
         x, chain, log_prob = latent[:, 0], [latent[:, 0]], []
         for k in range(self.K, 1, -1):
@@ -467,7 +454,7 @@ class DPPO(DiffusionPolicy):
             log_prob.append(self.step_log_prob(x, mu, k))
             chain.append(x)
         mean = self.mu(x, 1, given)
-        action = self.head.mode(mean) if deterministic else self.head.sample(mean, noise)
+        action = self.head.sample(mean, noise)
         log_prob.append(self.head.log_prob(mean, action))
         return action, torch.stack(log_prob, 1), torch.stack(chain, 1)
 
@@ -497,13 +484,12 @@ class Agent(nn.Module):
         """V of normalised observations (..., S) -> (...)."""
         return self.critic(obs).squeeze(-1)
 
-    def act(self, obs, latent, noise, deterministic: bool = False):
+    def act(self, obs, latent, noise):
         """Policy.act on raw observations."""
-        return self.policy.act(self.normalize(obs), latent, noise, deterministic)
+        return self.policy.act(self.normalize(obs), latent, noise)
 
 
 # ===== 5  Environments ================================================================================================
-
 
 class LeanSyncVectorEnv(gym.vector.SyncVectorEnv):
     """Gymnasium's SyncVectorEnv without merging the infos that nobody reads (a tenth of HalfCheetah's time)."""
@@ -577,8 +563,8 @@ class VectorEnv:
         self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
 
     def _make_gymnasium(self, render: bool):
-        more = {"render_mode": "rgb_array"} if render else {}
-        make = lambda: gym.make(self.env_id, disable_env_checker=True, **more)
+        env_id, more = self.env_id, {"render_mode": "rgb_array"} if render else {}
+        make = lambda: gym.make(env_id, disable_env_checker=True, **more)  # not self: workers may have to unpickle it
         kind = LeanSyncVectorEnv if self.vector == "sync" else gym.vector.AsyncVectorEnv
         mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of HalfCheetah's XML, N times
         try:
@@ -607,9 +593,10 @@ class VectorEnv:
         if "final_obs" in info:
             final_obs, ended = obs.copy(), terminated | truncated
             final_obs[ended] = np.stack(info["final_obs"][ended])
-        return (self._tensor(obs), torch.as_tensor(reward, dtype=torch.float32).to(self.device),
+        now = self._tensor(obs)
+        return (now, torch.as_tensor(reward, dtype=torch.float32).to(self.device),
                 torch.as_tensor(terminated).to(self.device), torch.as_tensor(truncated).to(self.device),
-                self._tensor(final_obs))
+                now if final_obs is obs else self._tensor(final_obs))
 
     def _tensor(self, obs):
         return torch.as_tensor(obs.reshape(self.num_envs, -1), dtype=torch.float32).to(self.device)
@@ -650,7 +637,6 @@ def check_env_id(env_id: str) -> None:
 
 # ===== 6  Rollout and advantages ======================================================================================
 
-
 class Rollout:
     """Buffers of one rollout, allocated once on the device; every tensor is (T, N, ...), observations are raw."""
 
@@ -660,8 +646,7 @@ class Rollout:
         self.obs, self.final_obs = new(env.obs_dim), new(env.obs_dim)
         self.action = new(dtype=torch.int64) if env.discrete else new(env.act_dim)
         self.latent, self.log_prob = new(policy.latent_steps, env.act_dim), new(len(policy.weight))
-        self.reward, self.terminated, self.ended = new(), new(), new()
-        self.seconds_policy = self.seconds_simulation = 0.0
+        self.reward, self.terminated, self.ended = new(), new(), new()  # ended = terminated or truncated
 
     @torch.no_grad()
     def collect(self, env: VectorEnv, agent: Agent, act, obs):
@@ -722,7 +707,6 @@ def advantages(reward, value, final_value, terminated, ended, gamma: float, gae_
 
 # ===== 7  PPO update ==================================================================================================
 
-
 def ppo_loss(agent: Agent, config: Config, obs, action, latent, old_log_prob, old_value, advantage, target):
     """PPO's loss on a minibatch (E11, E12), the same lines for all algorithms: one ratio for each of M decisions.
 
@@ -757,14 +741,14 @@ def update(agent: Agent, config: Config, optimizer, loss_function, batch: dict) 
         order = torch.randperm(size, device=batch["obs"].device)
         kl = 0.0
         for start in range(0, size - config.minibatch_size + 1, config.minibatch_size):
+            optimizer.zero_grad()  # before the forward pass: a CUDA graph reuses the memory of old gradients
             pick = order[start:start + config.minibatch_size]
             loss, diagnostics = loss_function(**{name: tensor[pick] for name, tensor in batch.items()})
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             total, taken, kl = total + torch.cat([diagnostics, norm[None]]), taken + 1, kl + diagnostics[3]
-        if config.target_kl is not None and kl * config.minibatch_size / size > config.target_kl:
+        if config.target_kl is not None and kl / (size // config.minibatch_size) > config.target_kl:
             break
     names = ["policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm"]
     return dict(zip(names, (total / taken).tolist()))
@@ -782,23 +766,27 @@ def chain_gradient(agent: Agent, obs, action, omega, advantage) -> tuple[np.ndar
     return np.array(norms), (xs[-1].abs() >= agent.policy.schedule.clip).float().mean().item()
 
 
+def keep_random_state(device: torch.device):
+    """Context manager after which the random states of CPU and `device` are what they were before."""
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+
+
 @torch.no_grad()
 def chain_std(agent: Agent, obs) -> float:
     """Standard deviation of the action over the chain's noise, the c of E17, from two draws at each obs (B, S)."""
-    with torch.random.fork_rng(devices=[obs.device] if obs.is_cuda else []):  # to measure must not change the run
+    with keep_random_state(obs.device):  # to measure must not change the run
         one, other = (agent.policy.sample(obs, deterministic=True)[0] for _ in range(2))
     return ((one - other).square().mean() / 2).sqrt().item()
 
 
 # ===== 8  Checkpoints, evaluation and curves ==========================================================================
 
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write atomically: a full disk or a kill in the middle leaves the previous checkpoint as it was."""
+def write(path: Path, to) -> None:
+    """Let to(file) write `path` atomically: a full disk or a kill in the middle leaves the old file as it was."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            to(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -811,10 +799,8 @@ def load_config(run: Path) -> Config:
     """Configuration of a run folder; raises UserError where there is none."""
     try:
         return Config(**json.loads((run / "config.json").read_text()))
-    except OSError:
-        raise UserError(f"{run} is not a run folder: it has no readable config.json.") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{run / 'config.json'} is not a configuration of this program: {error}.") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{run} is no run folder of this program, by its config.json: {first_line(error)}.") from None
 
 
 def load_checkpoint(run: Path, agent: Agent, env: VectorEnv) -> dict:
@@ -847,7 +833,7 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
     run, config = Path(run), load_config(Path(run))
     seed, frames, result = 1_000_003 + config.seed, [], {}  # apart from the seeds of training
     env = VectorEnv(config.env, episodes, pick_device(device), render=video is not None)
-    with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
+    with keep_random_state(env.device):
         agent = Agent(config, *env.spaces).to(env.device)
         load_checkpoint(run, agent, env)
         for name in ("with noise", "without noise"):
@@ -857,22 +843,18 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
             while alive.any():
                 if video and name == "without noise" and alive[0] and lengths[0] % 2 == 0:  # every other step
                     frames.append(env.frame())
-                action = agent.act(obs, *agent.policy.noise(episodes, env.device), name == "without noise")[0]
+                latent, noise = agent.policy.noise(episodes, env.device)
+                action = agent.act(obs, latent, noise if name == "with noise" else torch.zeros_like(noise))[0]
                 obs, reward, terminated, truncated, _ = env.step(action)
                 returns += alive * reward.cpu().numpy()
                 lengths += alive
                 alive &= ~(terminated | truncated).cpu().numpy()
             result[name] = {"return": returns, "length": lengths}
-        times = []
-        for _ in range(200):
-            start = time.perf_counter()
-            agent.act(obs[:1], *agent.policy.noise(1, env.device))[0].cpu()
-            times.append(1000 * (time.perf_counter() - start))
-        result["ms per action"] = float(np.median(times))
+        one = lambda: agent.act(obs[:1], *agent.policy.noise(1, env.device))[0].cpu()
+        result["ms per action"] = 1000 * float(np.median(timeit.repeat(one, number=1, repeat=200)))
     env.close()
     if video:
-        import imageio  # comes with gymnasium[mujoco]
-
+        imageio = optional("imageio", "--video")  # comes with gymnasium[mujoco]
         try:
             fps = env.envs.metadata.get("render_fps", 30) / 2
             imageio.mimsave(video, frames, **({"duration": 1000 / fps} if video.endswith(".gif") else {"fps": fps}))
@@ -892,15 +874,15 @@ def describe(result: dict) -> str:
 
 COLUMNS = ["update", "step", "seconds", "episodes", "return", "length", "approx_kl", "clip_fraction",
            "explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm", "sigma", "chain_std",
-           "chain_gradient_ratio", "chain_clipped", "learning_rate", "seconds_simulation", "seconds_policy", "seconds_update"]
+           "chain_gradient_ratio", "chain_clipped", "learning_rate",
+           "seconds_simulation", "seconds_policy", "seconds_update"]
 
 
 def open_metrics(run: Path, keep: int):
     """metrics.csv as a file to append to; rows after update `keep`, which no checkpoint has, are dropped."""
-    path, temporary = run / "metrics.csv", run / "metrics.tmp"
+    path = run / "metrics.csv"
     lines = path.read_text().splitlines()[1:keep + 1] if path.is_file() else []
-    temporary.write_text("\n".join([",".join(COLUMNS), *lines]) + "\n")
-    os.replace(temporary, path)
+    write(path, lambda file: file.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
     return open(path, "a", buffering=1)  # one line at a time
 
 
@@ -927,7 +909,6 @@ def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
 
 # ===== 9  Training ====================================================================================================
 
-
 def pick_device(name: str) -> torch.device:
     """torch.device of auto, cpu, cuda, cuda:N or mps; raises UserError where it is not there."""
     if name == "auto":  # not mps: slower than the CPU for networks this small
@@ -938,21 +919,26 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try --device auto.") from None
 
 
+UNROLL = 10  # a longer chain is not compiled as a whole, which would take minutes, but one denoising step for all k
+
+
 def compiler(config: Config, device: torch.device):
     """torch.compile as a function of one function; where it fails, it steps aside for good, with one warning."""
     torch.compiler.reset()  # or the runs of one process, say a notebook's, share one small cache
-    graphs = device.type == "cuda" and config.denoising_steps <= UNROLL  # CUDA graphs
-    mode, works = "reduce-overhead" if graphs else "default", [config.compile]
+    whole = config.algo == "ppo" or config.denoising_steps <= UNROLL
+    mode, works = "reduce-overhead" if device.type == "cuda" and whole else "default", config.compile  # CUDA graphs
 
     def compiled(function):
-        fast = torch.compile(function, dynamic=False, mode=mode)
+        fast = None
 
         def call(*args, **kwargs):
-            if works[0]:
+            nonlocal fast, works
+            if works:
                 try:
+                    fast = fast or torch.compile(function, dynamic=False, mode=mode)
                     return fast(*args, **kwargs)
-                except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, no Triton, a damaged cache
-                    works[0] = False
+                except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:  # no C++ compiler, say
+                    works = False
                     warnings.warn(f"going on more slowly, without torch.compile, which failed: {first_line(error)}")
             return function(*args, **kwargs)
 
@@ -969,13 +955,9 @@ def new_run_folder(config: Config) -> Path:
         try:
             run.mkdir(parents=True)
             return run
-        except FileExistsError:
-            continue
         except OSError as error:
-            raise UserError(f"cannot make {run} ({error.strerror}); choose another folder with --runs.") from None
-
-
-UNROLL = 10  # a longer chain is not compiled as a whole: it would take minutes
+            if not run.exists():  # else the name is merely taken
+                raise UserError(f"cannot make {run} ({error.strerror}); choose another folder with --runs.") from None
 
 
 class Trainer:
@@ -993,7 +975,9 @@ class Trainer:
         compiled, policy = compiler(config, self.device), self.agent.policy
         if config.compile and config.algo != "ppo" and config.denoising_steps > UNROLL:  # one denoising step for all k
             mu, ks = compiled(policy.mu), torch.arange(config.denoising_steps + 1, device=self.device)
-            policy.mu, compiled = lambda x, k, given: mu(x, ks[k], given), lambda function: function
+            # a slice, not ks[k]: indexing by a tensor without dimensions waits for the device, and is not compiled
+            policy.mu = lambda x, k, given: mu(x, ks[k:k + 1] if isinstance(k, int) else k, given)
+            compiled = lambda function: function
         self.act = compiled(self.agent.act)
         self.loss = compiled(lambda **batch: ppo_loss(self.agent, config, **batch))
         self.rollout, self.episodes = Rollout(config, self.env, self.agent), Episodes(config.num_envs)
@@ -1006,8 +990,8 @@ class Trainer:
         """What a checkpoint holds: tensors, numbers and strings only."""
         return {"env": self.env.env_id, "update": self.done, "seconds": self.seconds,
                 "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "random": torch.get_rng_state(),
-                "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
+                "random": torch.get_rng_state(), **({} if self.device.type == "cpu" else {
+                    "random_" + self.device.type: getattr(torch, self.device.type).get_rng_state(self.device)})}
 
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
@@ -1018,9 +1002,10 @@ class Trainer:
                                 f"out --{name.replace('_', '-')}, or start a new run.")
         state = load_checkpoint(run, self.agent, self.env)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["fused"] = self.device.type != "mps"  # the checkpoint may be another device's
         torch.set_rng_state(state["random"].cpu())
-        if self.device.type == "cuda" and state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
+        if (there := state.get("random_" + self.device.type)) is not None:
+            getattr(torch, self.device.type).set_rng_state(there.cpu(), self.device)
         self.done, self.seconds = state["update"], state["seconds"]
         if self.done >= self.updates:
             raise UserError(f"{run} is finished after {self.done * self.batch_size:,} steps; raise --total-timesteps "
@@ -1050,7 +1035,7 @@ class Trainer:
         batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, old_log_prob=rollout.log_prob,
                      old_value=value, advantage=advantage, target=target)
         batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
-        self.require_finite("an observation, action or reward", *(t.sum() for t in batch.values()))
+        self.require_finite("an observation, action, reward or value", *(t.sum() for t in batch.values()))
         row = update(agent, config, self.optimizer, self.loss, batch)
         self.require_finite("the loss or its gradient", *row.values())
 
@@ -1091,13 +1076,18 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
         trainer.resume(Path(resume))
     tensorboard = optional("torch.utils.tensorboard", "--tensorboard") if config.tensorboard else None
     run = new_run_folder(config) if resume is None else Path(resume)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write(run / "config.json", lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=2).encode()))
     chain = f" (K = {config.denoising_steps}, predict {config.predict})" if config.algo != "ppo" else ""
-    print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {sum(p.numel() for p in trainer.parameters):,} "
-          f"parameters on {trainer.device}, {config.num_envs} environments ({config.vector}); writing {run}", flush=True)
-    file, board = open_metrics(run, trainer.done), tensorboard and tensorboard.SummaryWriter(str(run))
+    parameters = sum(p.numel() for p in trainer.parameters)
+    print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {parameters:,} parameters on {trainer.device}, "
+          f"{config.num_envs} environments ({config.vector}); writing {run}", flush=True)
+    file = open_metrics(run, trainer.done)
+    board = tensorboard and tensorboard.SummaryWriter(str(run), purge_step=trainer.done * trainer.batch_size)
     size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, deque(maxlen=20)
     started, stop, go_on = time.perf_counter(), [], f"python ncdpo.py --resume {run}"
+
+    def save():
+        write(run / "checkpoint.pt", lambda file: torch.save(trainer.state_dict(), file))
 
     def handle(number, frame):  # finish the update, then save; a second signal interrupts at once
         if stop:
@@ -1124,15 +1114,17 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
                     print(f"{row['step']:>13,} steps ({5 * twentieth}%), {shown}, {size / pace:,.0f} steps/s, "
                           f"{pace * (trainer.updates - trainer.done):.0f} s left", flush=True)
                 if trainer.done % config.checkpoint_every == 0:
-                    save_checkpoint(run / "checkpoint.pt", trainer.state_dict())
+                    save()
                     saved = trainer.done
-            save_checkpoint(run / "checkpoint.pt", trainer.state_dict())
+            save()
         except (UserError, OSError) as error:
             kept = f"the checkpoint of update {saved} is kept: {go_on}" if saved else "there is no checkpoint"
             raise UserError(f"{error}; {kept}.") from error
         finally:
             trainer.env.close()
             file.close()
+            if board:
+                board.close()
     history, elapsed, steps = read_metrics(run), time.perf_counter() - started, (trainer.done - first) * size
     plot_curve(history, run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
     shares = {name: history["seconds_" + name][first:].sum() / elapsed for name in ("simulation", "policy", "update")}
@@ -1147,7 +1139,6 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
 
 
 # ===== 10  Command line ===============================================================================================
-
 
 @dataclasses.dataclass
 class CommandLine(Config):
@@ -1169,8 +1160,7 @@ def parse(arguments: list[str]) -> tuple[Config, CommandLine]:
     run = early.resume or early.evaluate
     defaults = load_config(Path(run)) if run else Config.for_task(early.env or Config.env)
     line = tyro.cli(CommandLine, args=arguments, default=CommandLine(**dataclasses.asdict(defaults)))
-    names = [field.name for field in dataclasses.fields(Config)]
-    return Config(**{name: getattr(line, name) for name in names}), line
+    return Config(**{name: getattr(line, name) for name in Config.__dataclass_fields__}), line
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -53,16 +53,23 @@ def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
 
 
 def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], name: str) -> None:
-    """Run the seeds, `jobs` at a time with one thread each, and write the CSV file; finished runs are not repeated."""
+    """Run the seeds, `jobs` at a time with one thread each, and write the CSV file; finished runs are not repeated.
+
+    Called again after an interruption it resumes the runs that have a checkpoint.
+    """
     runs = HERE.parent / "runs" / name
 
     def one(seed: int) -> None:
-        run = runs / f"{env}__{algo}__{seed}"
-        if not (run / "curve.png").exists():  # the last thing that a finished run writes
-            command = [sys.executable, str(HERE.parent / "ncdpo.py"), "--env", env, "--algo", algo, "--seed", str(seed),
-                       "--runs", str(runs), *flags]
-            with open(runs / f"{env}__{algo}__{seed}.log", "w") as log:
-                subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        run, log = runs / f"{env}__{algo}__{seed}", runs / f"{env}__{algo}__{seed}.log"
+        if not (log.exists() and "\ncurve: " in log.read_text()):  # what only a finished run prints
+            task = ["--env", env, "--algo", algo, "--seed", str(seed), "--runs", str(runs)]
+            if run.exists():
+                if not (run / "checkpoint.pt").exists():
+                    raise SystemExit(f"{run} is unfinished and has no checkpoint to resume from: remove it.")
+                task = ["--resume", str(run)]
+            with open(log, "w") as file:
+                subprocess.run([sys.executable, str(HERE.parent / "ncdpo.py"), *task, *flags], check=True, stdout=file,
+                               stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
         print(run, flush=True)
 
     runs.mkdir(parents=True, exist_ok=True)
@@ -138,7 +145,7 @@ def load(folder: Path) -> dict[str, dict[str, dict]]:
     """curves[env][algo] of the files <env>__<algo>.csv."""
     curves: dict[str, dict[str, dict]] = {}
     for path in sorted(folder.glob("*__*.csv")):
-        env, algo = path.stem.split("__")
+        env, _, algo = path.stem.partition("__")
         if algo in ALGORITHMS:
             curves.setdefault(env, {})[algo] = read(path)
     return curves
@@ -181,7 +188,8 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step"):
             band(axes, np.median(curve[against], 0) / unit, returns(curve), label=ALGORITHMS[algo], **STYLES[algo])
         axes.set(title=env, xlabel=label)
         axes.grid(alpha=0.3)
-    picture.suptitle("From scratch: interquartile mean over 5 seeds and its 95% bootstrap interval", fontsize=10)
+    seeds = len(next(iter(next(iter(curves.values())).values()))["seed"])
+    picture.suptitle(f"From scratch: interquartile mean over {seeds} seeds and its 95% bootstrap interval", fontsize=10)
     picture.axes[0].set_ylabel("return of training episodes")
     picture.axes[0].legend(frameon=False)
     return picture
