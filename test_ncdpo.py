@@ -419,6 +419,32 @@ def test_checkpoint_chain_gives_the_same_gradient(discrete):
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
 
 
+def test_dppo_draws_each_step_as_it_scores_it(float64):  # E15
+    policy, obs = make_policy("dppo", denoising_steps=4, min_std=0.5), torch.randn(9, 3)
+    latent, noise = policy.noise(9, CPU)
+    action, _, chain = policy.act(obs, latent, noise)
+    for k in (4, 3, 2, 1):
+        mu, sigma = reference_step(policy, "sample", 1.0, chain[:, 4 - k], k, obs)
+        drawn, z = (chain[:, 5 - k], latent[:, 5 - k]) if k > 1 else (action, noise)
+        torch.testing.assert_close(drawn, mu + max(sigma, 0.5) * z)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_untrained_policy_proposes_nearly_the_zero_action(algo):
+    policy = ncdpo.Agent(config(algo=algo, hidden=128), 17, 6, False).policy
+    action = policy.sample(torch.randn(500, 17), deterministic=True)[0]
+    assert 0 < action.abs().max() < 0.2
+
+
+def test_checkpoint_chain_runs_each_step_again_in_the_backward_pass():
+    for switch, calls in ((False, 5), (True, 10)):
+        policy, ks = make_policy(denoising_steps=5, checkpoint_chain=switch), []
+        step = policy.step
+        policy.step = lambda x, k, z, given: ks.append(k) or step(x, k, z, given)
+        policy.mean(torch.randn(2, 3), torch.randn(2, 5, 2)).sum().backward()
+        assert len(ks) == calls
+
+
 def test_normalizer_agrees_with_numpy_over_uneven_batches(float64):
     batches = [3 + 2 * torch.randn(n, 4) * torch.tensor([1, 10, 0.1, 1]) for n in (1, 7, 300, 2)]
     norm, everything = ncdpo.Normalizer(4), torch.cat(batches).numpy()
@@ -517,6 +543,14 @@ def test_no_transition_is_a_fake_one(vector):
         np.testing.assert_array_equal(row["terminated"], fell)
         assert (np.abs(row["next_obs"][fell]) <= 0.05).all() and (row["reward"] == 1).all()
     assert sum(row["terminated"].sum() for row in rows) > 10
+
+
+@pytest.mark.parametrize("vector", ["sync", "envpool"])
+def test_seed_decides_where_episodes_start(vector):
+    if vector == "envpool":
+        pytest.importorskip("envpool")
+    one, again, other = (play("CartPole-v1", vector, seed, steps=1)[0][0]["obs"] for seed in (3, 3, 4))
+    assert np.array_equal(one, again) and len(np.unique([one, other])) == 2 * one.size
 
 
 def test_envpool_truncates_after_as_many_steps_as_gymnasium():
@@ -659,6 +693,96 @@ def test_target_kl_stops_the_epochs(target_kl, updates):
     trainer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     trainer.iterate()
     assert len(steps) == updates
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "TinyBox-v0"])  # the first terminates, the second truncates
+@pytest.mark.parametrize("norm", [True, False])
+def test_update_learns_from_the_steps_played(monkeypatch, env, norm):  # E10, E12
+    trainer, steps, batches = ncdpo.Trainer(config(env=env, norm_obs=norm, norm_reward=norm)), [], []
+    step, first, agent = trainer.env.step, trainer.obs, trainer.agent
+    shaken(agent.critic)
+    trainer.env.step = lambda action: steps.append(step(action)) or steps[-1]
+    monkeypatch.setattr(ncdpo, "update", lambda *given: batches.append(given[-1]) or {})
+    monkeypatch.setattr(ncdpo, "chain_gradient", lambda *_: (np.array([9.0, 2.0, 8.0]), 0.0))
+    trainer.iterate()
+    row = trainer.iterate()
+
+    obs, reward, terminated, truncated, led = (torch.stack(x) for x in zip(*steps))
+    obs, ended, sums = torch.cat([first[None], obs[:-1]]), terminated | truncated, [torch.zeros(2)]
+    assert (terminated if env == "CartPole-v1" else truncated)[32:].any()
+    if norm:
+        for t in range(64):
+            sums.append(0.98 * sums[-1] * ~ended[t - 1] + reward[t])
+        reward = reward / torch.stack(sums[1:]).std(correction=0)
+        seen = obs[:32].flatten(0, 1)
+        obs, led = (((x - seen.mean(0)) / (seen.var(0, correction=0) + 1e-8).sqrt()).clamp(-10, 10) for x in (obs, led))
+    with torch.no_grad():
+        value, final_value = agent.critic(obs[32:])[..., 0], agent.critic(led[32:])[..., 0]
+    advantage = ncdpo.advantages(reward[32:], value, final_value, 1.0 * terminated[32:], 1.0 * ended[32:], 0.98, 0.92)
+    target = advantage + value
+    for name, expected in dict(obs=obs[32:], advantage=advantage, target=target, old_value=value).items():
+        torch.testing.assert_close(batches[1][name], expected.flatten(0, 1), rtol=1e-3, atol=1e-3)
+    assert row["explained_variance"] == pytest.approx(1 - float(advantage.var() / target.var()), abs=1e-3)
+    assert row["chain_gradient_ratio"] == 2 / 8
+
+
+@pytest.mark.parametrize("anneal, rates", [(True, [5e-4, 3.75e-4, 2.5e-4, 1.25e-4]), (False, [5e-4] * 4)])
+def test_adam_takes_the_learning_rate_of_the_update(anneal, rates):
+    trainer, taken = ncdpo.Trainer(config(anneal_lr=anneal, update_epochs=1, minibatch_size=64)), []
+    trainer.optimizer.register_step_post_hook(lambda adam, *_: taken.append(adam.param_groups[0]["lr"]))
+    for _ in rates:
+        trainer.iterate()
+    assert taken == pytest.approx(rates)
+
+
+def descend(size, kl=0.0, **given):
+    """`update` on the loss 100 w by plain gradient descent: the minibatches taken, where w went, the diagnostics."""
+    w, picks = torch.nn.Parameter(torch.zeros(())), []
+
+    def loss(obs):
+        picks.append(obs.tolist())
+        return 100 * w, torch.tensor([0, 0, 0, kl, 0])
+
+    row = ncdpo.update(None, config(**given), torch.optim.SGD([w], lr=1.0), loss, {"obs": torch.arange(size)})
+    return picks, w.item(), row
+
+
+def test_update_takes_whole_minibatches_in_a_new_order_each_epoch_and_clips_the_gradient():
+    picks, w, row = descend(110, update_epochs=3, minibatch_size=50, max_grad_norm=0.5)
+    assert [len(pick) for pick in picks] == [50] * 6  # 10 are left out of each epoch
+    epochs = [picks[i] + picks[i + 1] for i in (0, 2, 4)]
+    assert all(len(set(epoch)) == 100 and epoch != sorted(epoch) for epoch in epochs) and epochs[0] != epochs[1]
+    assert w == pytest.approx(-0.5 * 6) and row["grad_norm"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("kl, minibatches", [(0.03, 8), (0.06, 2)])
+def test_target_kl_is_compared_with_the_mean_of_each_epoch(kl, minibatches):
+    assert len(descend(100, kl, update_epochs=4, minibatch_size=50, target_kl=0.05)[0]) == minibatches
+
+
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_advantages_are_normalised_only_where_asked(float64, norm_adv):  # E12; at ratio 1 the loss is -mean(A)
+    agent, obs, advantage = ncdpo.Agent(config(), 3, 2, False), torch.randn(40, 3), 5 + torch.randn(40)
+    action, log_prob, latent = agent.policy.sample(obs)
+    rest = dict(old_log_prob=log_prob.detach(), old_value=advantage, target=advantage)
+    diagnostics = ncdpo.ppo_loss(agent, config(norm_adv=norm_adv), obs, action, latent, advantage=advantage, **rest)[1]
+    assert diagnostics[0].item() == pytest.approx(0 if norm_adv else -advantage.mean().item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
+def test_to_measure_chain_std_leaves_the_random_state_alone(algo):
+    agent, before = ncdpo.Agent(config(algo=algo), 3, 2, False), torch.get_rng_state()
+    ncdpo.chain_std(agent, torch.zeros(4, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_scaled_rewards_are_clipped_to_ten(monkeypatch):
+    trainer, batches = ncdpo.Trainer(config(gamma=0.0)), []  # without a future, the target is the scaled reward
+    trainer.agent.reward_norm.var.fill_(1e-6)
+    trainer.agent.reward_norm.count.fill_(1e9)
+    monkeypatch.setattr(ncdpo, "update", lambda *given: batches.append(given[-1]) or {})
+    trainer.iterate()
+    torch.testing.assert_close(batches[0]["target"], torch.full((64,), 10.0))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -977,6 +1101,89 @@ def test_evaluation_refuses_bad_numbers(run, capsys, flags):
     assert flags[0] in complaint(capsys, "--evaluate", run, *flags)
 
 
+def test_resumed_run_plays_new_episodes(run):
+    trainer = ncdpo.Trainer(config(total_timesteps=512))
+    first = trainer.obs
+    trainer.resume(run)
+    assert not torch.isin(trainer.obs, first).any()
+
+
+def test_evaluation_starts_elsewhere_than_training_and_freezes_the_normaliser(run, monkeypatch):
+    reset, starts = VectorEnv.reset, []
+    monkeypatch.setattr(VectorEnv, "reset", lambda *given: starts.append(reset(*given)) or starts[-1])
+    ncdpo.Trainer(config())
+    monkeypatch.delattr(ncdpo.Normalizer, "update")
+    ncdpo.evaluate(run, 2, device="cpu")
+    training, with_noise, without_noise = starts
+    assert torch.equal(with_noise, without_noise) and not torch.isin(training, with_noise).any()
+
+
+def test_evaluation_counts_first_episodes_and_leaves_the_noise_out_where_it_says_so(run, monkeypatch):
+    step, sample, played = VectorEnv.step, ncdpo.Categorical.sample, []
+    monkeypatch.setattr(VectorEnv, "step", lambda *given: played.append(step(*given)) or played[-1])
+    monkeypatch.setattr(ncdpo.Categorical, "sample", lambda *given: sample(*given) * bool(given[-1].any()))
+    result = ncdpo.evaluate(run, 8, device="cpu")
+    ended = torch.stack([terminated | truncated for _, _, terminated, truncated, _ in played]).int()
+    n = int(result["with noise"]["length"].max())
+    for way, part in (("with noise", ended[:n]), ("without noise", ended[n:])):
+        assert result[way]["length"].tolist() == result[way]["return"].tolist() == (part.argmax(0) + 1).tolist()
+    assert len(ended) - n <= 11 < n  # a cart that is always pushed to the left falls within 11 steps
+
+
+def test_film_shows_every_other_step_of_the_first_episode(run, tmp_path):
+    pytest.importorskip("pygame")
+    imageio = pytest.importorskip("imageio")
+    result = ncdpo.evaluate(run, 2, str(tmp_path / "film.gif"), "cpu")
+    frames = imageio.mimread(tmp_path / "film.gif")
+    assert len(frames) == math.ceil(result["without noise"]["length"][0] / 2) and frames[0].shape[:2] == (400, 600)
+
+
+def test_signal_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with ncdpo.signals(print, signal.SIGTERM):
+        assert signal.getsignal(signal.SIGTERM) is print
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_interrupts_at_once(tmp_path, monkeypatch, capsys):
+    twice = lambda self: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and pytest.fail("went on")
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", twice)
+    assert main(arguments("CartPole-v1", tmp_path)) == 130
+    assert capsys.readouterr().err == "ncdpo: interrupted.\n" and rows_of(tmp_path / "CartPole-v1__ncdpo__1") == []
+
+
+@pytest.mark.parametrize("given", [dict(algo="sac"), dict(predict="x0"), dict(eta=1.5), dict(gae_lambda=1.1),
+                                   dict(gamma_denoising=-0.1), dict(ent_coef=-1), dict(vf_coef=-1)])
+def test_configurations_made_in_python_are_checked_too(given):
+    with pytest.raises(UserError, match="--" + next(iter(given)).replace("_", "-")):
+        config(**given).check()
+
+
+def test_defaults_are_the_presets_of_the_task_but_for_what_is_given():
+    hopper = ncdpo.PRESETS["Hopper"]
+    parsed = ncdpo.parse(["--env", "Hopper-v4", "--gamma", "0.5"])[0]
+    made = ncdpo.Config.for_task("x/Hopper-v5", gamma=0.5)
+    for c in (parsed, made):
+        assert (c.gamma, c.init_std, c.min_std) == (0.5, hopper["init_std"], hopper["min_std"])
+        assert c.learning_rate == ncdpo.Config.learning_rate and hopper["init_std"] != ncdpo.Config.init_std
+
+
+@pytest.mark.parametrize("flags", [["--eta", "0.5"], ["--clip-denoised", "2"], ["--temperature", "0.5"],
+                                   ["--min-std", "0.5"], ["--num-steps", "16"]])
+def test_resume_refuses_another_chain(run, capsys, flags):
+    assert f"leave out {flags[0]}," in complaint(capsys, "--resume", run, "--total-timesteps", "4096", *flags)
+
+
+def test_training_of_another_seed_starts_elsewhere():
+    assert not torch.isin(*(ncdpo.Trainer(config(seed=seed)).obs for seed in (1, 2))).any()
+
+
+def test_empty_cells_of_metrics_are_not_numbers(tmp_path):
+    (tmp_path / "metrics.csv").write_text(",".join(ncdpo.COLUMNS) + "\n1,64" + "," * (len(ncdpo.COLUMNS) - 2) + "\n")
+    history = ncdpo.read_metrics(tmp_path)
+    assert history["step"] == 64 and all(np.isnan(history[name]).all() for name in ncdpo.COLUMNS[2:])
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer failed\nat ...")])
 def test_a_full_disk_keeps_the_previous_checkpoint(run, capsys, monkeypatch, error):
     before = (run / "checkpoint.pt").read_bytes()
@@ -1069,6 +1276,32 @@ def test_thinned_curve_keeps_episodes_and_their_mean_return(curves):
     assert mean == pytest.approx(np.nansum(history["return"] * history["episodes"]) / episodes.sum(), abs=1e-4)
     assert float(rows[7]["sigma"]) == pytest.approx(history["sigma"][70:80].mean(), rel=1e-3)
     assert {row["chain_std"] for row in rows} == {""}
+
+
+def test_table_of_curves_that_are_straight_lines(curves, tmp_path):
+    """Return slope * seed * t at row t of 100; no episode ends in each seventh row, ten in the last one, else one."""
+    for algo, slope in (("ncdpo", 2), ("ppo", 1)):
+        with open(tmp_path / f"Task-v1__{algo}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, curves.COLUMNS)
+            writer.writeheader()
+            for seed, t in itertools.product(range(1, 6), range(1, 101)):
+                n = 0 if t % 7 == 0 else 10 if t == 100 else 1
+                writer.writerow({"seed": seed, "step": t, "seconds": 60 * t * seed, "episodes": n,
+                                 "return": slope * seed * t if n else ""})
+    ours, theirs = ([cell.strip() for cell in line.split("|")] for line in
+                    curves.table(curves.load(tmp_path)).splitlines()[2:])
+    # the middle seeds are 2, 3, 4; of the last ten rows 91 and 98 are empty: (92 + ... + 99 - 98 + 10 * 100) / 17 = 98
+    assert ours[1:4] == ["Task-v1", "NCDPO", "5"] and ours[4].startswith("588 [") and ours[5].startswith("303 [")
+    assert theirs[4].startswith("294 [") and ours[6] == "" and ours[8] == theirs[8] == "300.0"
+    assert theirs[6].startswith("2.00 [") and theirs[7].startswith("2.00 [")
+
+
+def test_interquartile_mean_rounds_the_quarter_down(curves):
+    assert curves.interquartile_mean([100.0, 1, 2, 6, -50]) == 3  # (1 + 2 + 6) / 3, not the median
+
+
+def test_interval_leaves_a_fortieth_at_each_end(curves):
+    np.testing.assert_allclose(curves.interval(np.arange(101.0)), [2.5, 97.5])
 
 
 # --- the notebooks ---------------------------------------------------------------------------------------------------
