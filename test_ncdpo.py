@@ -1315,7 +1315,7 @@ def code_cells(notebook):
 
 def shown(cell):
     """What a cell leaves on the page: the kinds of its outputs, but for warnings."""
-    data = [sorted(out.data) for out in cell.outputs if "data" in out]
+    data = [{"image/png", "text/markdown", "text/html"} & set(out.data) for out in cell.outputs if "data" in out]
     return data, any(out.output_type == "stream" and out.name == "stdout" for out in cell.outputs)
 
 
