@@ -919,14 +919,13 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try --device auto.") from None
 
 
-UNROLL = 10  # a longer chain is not compiled as a whole, which would take minutes, but one denoising step for all k
+UNROLL = 10  # a longer chain is not compiled: as a whole it would take minutes, one step for all k gains nothing
 
 
 def compiler(config: Config, device: torch.device):
     """torch.compile as a function of one function; where it fails, it steps aside for good, with one warning."""
     torch.compiler.reset()  # or the runs of one process, say a notebook's, share one small cache
-    whole = config.algo == "ppo" or config.denoising_steps <= UNROLL
-    mode, works = "reduce-overhead" if device.type == "cuda" and whole else "default", config.compile  # CUDA graphs
+    mode, works = "reduce-overhead" if device.type == "cuda" else "default", config.compile  # CUDA graphs
 
     def compiled(function):
         fast = None
@@ -972,14 +971,11 @@ class Trainer:
         self.parameters = [p for p in self.agent.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=1e-5,
                                           fused=self.device.type != "mps")
-        compiled, policy = compiler(config, self.device), self.agent.policy
-        if config.compile and config.algo != "ppo" and config.denoising_steps > UNROLL:  # one denoising step for all k
-            mu, ks = compiled(policy.mu), torch.arange(config.denoising_steps + 1, device=self.device)
-            # a slice, not ks[k]: indexing by a tensor without dimensions waits for the device, and is not compiled
-            policy.mu = lambda x, k, given: mu(x, ks[k:k + 1] if isinstance(k, int) else k, given)
-            compiled = lambda function: function
-        self.act = compiled(self.agent.act)
-        self.loss = compiled(lambda **batch: ppo_loss(self.agent, config, **batch))
+        compiled, short = compiler(config, self.device), config.algo == "ppo" or config.denoising_steps <= UNROLL
+        self.act = compiled(self.agent.act) if short else self.agent.act
+        self.loss = lambda **batch: ppo_loss(self.agent, config, **batch)
+        if short or config.algo == "dppo":  # DPPO's loss takes all steps at once
+            self.loss = compiled(self.loss)
         self.rollout, self.episodes = Rollout(config, self.env, self.agent), Episodes(config.num_envs)
         self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
         self.batch_size = config.num_envs * config.num_steps

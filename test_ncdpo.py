@@ -805,16 +805,12 @@ def test_compiled_loss_and_gradients_equal_the_plain_ones():
         torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("error:going on more slowly")
-@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
-def test_long_chain_is_compiled_step_by_step_and_equals_the_plain_one(monkeypatch, algo):
-    compiled, names = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: names.append(f.__name__) or compiled(
-        f, backend="aot_eager", dynamic=False, fullgraph=True))
-    plain, stepwise = ([row[name] for name in ("policy_loss", "approx_kl", "grad_norm")] for row in (
-        ncdpo.Trainer(config(algo=algo, denoising_steps=ncdpo.UNROLL + 1, compile=switch)).iterate()
-        for switch in (False, True)))
-    assert names == ["mu"] and stepwise == pytest.approx(plain, rel=1e-4)
+@pytest.mark.parametrize("algo, steps, compiled", [("ncdpo", 0, 2), ("ncdpo", 1, 0), ("dppo", 1, 1), ("ppo", 1, 2)])
+def test_a_loop_over_a_long_chain_is_not_compiled(monkeypatch, algo, steps, compiled):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: calls.append(function) or function)
+    ncdpo.Trainer(config(algo=algo, denoising_steps=ncdpo.UNROLL + steps, compile=True)).iterate()
+    assert len(calls) == compiled
 
 
 def test_training_goes_on_with_one_warning_where_torch_compile_fails(monkeypatch):
