@@ -17,7 +17,8 @@ two methods that it must be compared with: PPO with an MLP, and DPPO, which call
     python ncdpo.py --resume runs/HalfCheetah-v4__ncdpo__1
 
 Sections: 1 configuration, 2 noise schedule, 3 networks, 4 policies, 5 environments, 6 rollout and advantages, 7 PPO
-update, 8 checkpoints, evaluation and curves, 9 training, 10 command line. NCDPO itself is sections 2, 3, 4 and 7.
+update, 8 demonstrations, 9 checkpoints, evaluation and curves, 10 training, 11 command line. NCDPO itself is sections
+2, 3, 4 and 7.
 Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits; in `ppo_loss`
 the advantage), K denoising steps, M scored decisions per action, T steps of a rollout, N environments.
 """
@@ -25,6 +26,7 @@ the advantage), K denoising steps, M scored decisions per action, T steps of a r
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import dataclasses
 import difflib
@@ -40,8 +42,10 @@ import time
 import timeit
 import typing
 import warnings
+import zipfile
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +55,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -90,8 +95,23 @@ class Config:
     eta: float = 1.0  # noise of the reverse chain (E4): 1 is DDPM, 0 is DDIM
     clip_denoised: float = 1.0  # the clean estimate is clipped to [-c, c] at each denoising step (E3)
     temperature: float = 0.1  # tau of the softmax over denoised logits (E8), for Discrete actions
+    action_chunk: int = 1  # actions H that are denoised together and played in a row: one decision of PPO
+    finetune_steps: int | None = None  # only the last so many denoising steps learn; a frozen copy does the others
     min_std: float = 0.1  # DPPO only: floor of each denoising step's standard deviation (E15)
     gamma_denoising: float = 0.99  # DPPO only: discount of the advantage per denoising step still to go (E15)
+    scored_steps: int | None = None  # DPPO only: score the last m steps (E16), condition on the noise of the others
+    chain_gradient: bool = True  # DPPO only: let the gradient flow through the steps that are not scored (E16)
+    clip_coef_first: float | None = None  # DPPO only: clip_coef of the first scored step, rising to clip_coef's
+
+    # --- demonstrations
+    demos: str | None = None  # clone these first: an .npz file of --collect, a D4RL .hdf5 file, or minari:DATASET
+    init_from: str | None = None  # start from this run's policy; its config.json gives the defaults of other flags
+    bc_steps: int = 20_000  # gradient steps of behaviour cloning (E2)
+    bc_batch_size: int = 256  # chunks in a minibatch of behaviour cloning
+    bc_learning_rate: float = 1e-3  # of behaviour cloning, falling to zero along a cosine
+    bc_coef: float = 0.0  # weight of the cloning loss while PPO runs (it needs --demos too)
+    critic_warmup: int = 0  # first updates in which only the critic learns
+    stop_at_return: float | None = None  # stop training once the mean return is this high
 
     # --- networks
     hidden: int = 128  # width of the two hidden layers of actor and critic
@@ -108,6 +128,7 @@ class Config:
     minibatch_size: int = 512  # transitions in a minibatch; a remainder smaller than that is left out of the epoch
     update_epochs: int = 5  # passes over each rollout
     clip_coef: float = 0.2  # clip of the likelihood ratio (E12)
+    mean_log_prob: bool = False  # average log-likelihoods over the action's coordinates instead of summing them
     clip_vloss: bool = False  # clip the value's change by clip_coef as well
     norm_adv: bool = True  # normalise the advantages of each minibatch
     ent_coef: float = 0.0  # weight of the entropy bonus (no effect on DPPO's Box actions, whose sigma is fixed)
@@ -144,19 +165,26 @@ class Config:
                 limits = ("above 0" if name not in LIMITS else
                           f"between {low} and {high}" if high < math.inf else f"of {low} or more")
                 raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
+        if not (self.scored_steps or 1) <= (self.finetune_steps or self.denoising_steps) <= self.denoising_steps:
+            raise UserError("--scored-steps may not exceed --finetune-steps, nor that --denoising-steps.")
         batch = self.num_envs * self.num_steps
         rollout = f"the {batch} transitions of a rollout (--num-envs {self.num_envs} x --num-steps {self.num_steps})"
         if self.minibatch_size > batch:
             raise UserError(f"--minibatch-size {self.minibatch_size} exceeds {rollout}; make it at most {batch}.")
-        if self.total_timesteps < batch:
-            raise UserError(f"--total-timesteps {self.total_timesteps} is below {rollout}; make it at least {batch}.")
+        batch *= self.action_chunk
+        if self.total_timesteps < batch and (self.total_timesteps or not self.demos):  # 0 is cloning alone
+            raise UserError(f"--total-timesteps {self.total_timesteps} is below {rollout}, {self.action_chunk} steps "
+                            f"each; make it at least {batch}.")
 
 
 FRACTION = (0, 1)
-LIMITS = dict(seed=(0, math.inf), ent_coef=(0, math.inf), vf_coef=(0, math.inf), minibatch_size=(2, math.inf),
+POSITIVE = (0, math.inf)
+LIMITS = dict(seed=POSITIVE, total_timesteps=POSITIVE, ent_coef=POSITIVE, vf_coef=POSITIVE, bc_coef=POSITIVE,
+              critic_warmup=POSITIVE, stop_at_return=(-math.inf, math.inf), minibatch_size=(2, math.inf),
               denoising_steps=(1, 100), eta=FRACTION, gamma=FRACTION, gae_lambda=FRACTION, gamma_denoising=FRACTION)
-SAME_RUN = ("env", "algo", "denoising_steps", "predict", "eta", "clip_denoised", "temperature", "min_std", "hidden",
-            "activation", "num_envs", "num_steps")  # what --resume must not change
+SAME_POLICY = ("env", "denoising_steps", "predict", "hidden", "activation", "action_chunk")  # needed by --init-from
+SAME_RUN = SAME_POLICY + ("algo", "eta", "clip_denoised", "temperature", "min_std", "num_envs", "num_steps",
+                          "finetune_steps", "scored_steps")  # what --resume must not change
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "Hopper": dict(init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95, minibatch_size=256, update_epochs=10),
     "Walker2d": dict(init_std=0.5, min_std=0.2, gamma=0.99, gae_lambda=0.95, minibatch_size=128, update_epochs=10,
@@ -327,8 +355,8 @@ class Policy(nn.Module):
     act(obs, noise, noise) -> action (B, A) or (B,), log_prob (B, M), latent            what the rollout calls
     evaluate(obs, action, latent) -> log_prob (B, M), entropy (B,)       what the update calls, with gradients
     sample(obs) and log_prob(obs, action, latent) are the two in short. Observations are normalised (B, S); `latent` is
-    what must be remembered to score an action again; `weight` (M,) scales the advantage of each decision. A subclass
-    defines mean(obs, latent) -> (B, A), or, as DPPO does, act and evaluate.
+    what must be remembered to score an action again; `weight` and `clip_scale` (M,) scale the advantage and the clip of
+    each decision. A subclass defines mean(obs, latent) -> (B, A), or, as DPPO does, act and evaluate.
     """
 
     latent_steps = 0  # latent has shape (B, latent_steps, A)
@@ -337,6 +365,7 @@ class Policy(nn.Module):
         super().__init__()
         self.act_dim, self.head = act_dim, head
         self.register_buffer("weight", torch.ones(1), persistent=False)
+        self.register_buffer("clip_scale", torch.ones(1), persistent=False)
 
     def noise(self, n: int, device):
         """All randomness of n actions: that of the chain (n, latent_steps, A), and the head's (n, A)."""
@@ -374,6 +403,10 @@ class MLPPolicy(Policy):
     def mean(self, obs, latent):
         return self.net(obs)
 
+    def bc_loss(self, obs, action):
+        """Behaviour cloning: mean squared error of the mean action."""
+        return F.mse_loss(self.net(obs), action)
+
 
 class DiffusionPolicy(Policy):
     """What NCDPO and DPPO share: a denoiser, a schedule, and behaviour cloning."""
@@ -385,10 +418,13 @@ class DiffusionPolicy(Policy):
         self.predict, self.checkpoint_chain = config.predict, config.checkpoint_chain
         self.schedule = Schedule(self.K, config.predict, config.eta, config.clip_denoised)
         self.denoiser = Denoiser(obs_dim, act_dim, self.K, config.hidden, config.activation)
+        self.tuned, self.frozen = config.finetune_steps or self.K, None
+        if self.tuned < self.K:
+            self.frozen = copy.deepcopy(self.denoiser).requires_grad_(False)  # for the steps k > tuned
 
-    def mu(self, x, k, given):
+    def mu(self, x, k, given, denoiser=None):
         """Mean of x_{k-1} given x_k and s (E3, E4); shapes as in Denoiser.forward."""
-        return self.schedule.mu(self.schedule.clean(self.denoiser(x, k, *given), x, k), x, k)
+        return self.schedule.mu(self.schedule.clean((denoiser or self.denoiser)(x, k, *given), x, k), x, k)
 
     def bc_loss(self, obs, action):
         """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random k."""
@@ -407,63 +443,73 @@ class NCDPO(DiffusionPolicy):
         """f_theta(s, omega) (E6), the mean action (B, A) of given noise omega = (x_K, z_K, ..., z_2), (B, K, A)."""
         return self.chain(obs, omega)[-1]
 
-    def chain(self, obs, omega) -> list[torch.Tensor]:
-        """The reverse chain x_K, ..., x_0, each (B, A) (E5). Nothing is detached: autograd through it is BPDT (E13)."""
-        given = self.denoiser.given(obs)
+    def chain(self, obs, omega, last: int = 0) -> list[torch.Tensor]:
+        """Reverse chain x_K, ..., x_last, each (B, A) (E5). Nothing is detached: autograd through it is BPDT (E13)."""
+        tuned, frozen = ((net, net and net.given(obs)) for net in (self.denoiser, self.frozen))
         xs = [omega[:, 0]]
-        for k in range(self.K, 0, -1):
-            arguments = xs[-1], k, omega[:, self.K + 1 - k] if k > 1 else None, given
+        for k in range(self.K, last, -1):
+            denoiser, given = tuned if k <= self.tuned else frozen
+            arguments = xs[-1], k, omega[:, self.K + 1 - k] if k > 1 else None, given, denoiser
             if self.checkpoint_chain and torch.is_grad_enabled():
                 xs.append(checkpoint(self.step, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
                 xs.append(self.step(*arguments))
         return xs
 
-    def step(self, x, k, z, given):
+    def step(self, x, k, z, given, denoiser=None):
         """Reverse step (E5): x_{k-1} = mu_k(x_k, s) + sigma_k z_k, (B, A); sigma_1 = 0, so the last step has no z."""
-        mu = self.mu(x, k, given)
+        mu = self.mu(x, k, given, denoiser)
         return mu if z is None else mu + self.schedule.sigma[k] * z
 
 
-class DPPO(DiffusionPolicy):
+class DPPO(NCDPO):
     """Diffusion Policy Policy Optimization (arXiv 2409.00588): every denoising step is a decision, M = K (E15).
 
-    Its likelihoods need no gradient through the chain: log_prob scores all K stored transitions in one parallel pass.
-    The last step (k = 1) is the head's: a Gaussian of standard deviation min_std, or the softmax of E8.
+    Its likelihoods need no gradient through the chain: log_prob scores all stored transitions in one parallel pass. The
+    last step (k = 1) is the head's: a Gaussian of standard deviation min_std, or the softmax of E8. With M < K scored
+    steps (E16) the noise of the others is part of the state, as in NCDPO: latent is (x_K, z_K, ..., z_{M+1}; x_{M-1},
+    ..., x_1).
     """
 
     def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool):
         super().__init__(config, obs_dim, act_dim, discrete, Gaussian(act_dim, config.min_std, fixed=True))
+        self.M, self.chain_gradient = config.scored_steps or self.tuned, config.chain_gradient
         std = self.schedule.sigma.clamp(min=config.min_std)
-        steps_to_go = torch.arange(self.K - 1, -1, -1)
+        steps_to_go = torch.arange(self.M - 1, -1, -1)
+        first, rise = (config.clip_coef_first or config.clip_coef) / config.clip_coef, torch.linspace(0, 3, self.M)
         self.register_buffer("std", std, persistent=False)
         self.register_buffer("ks", steps_to_go + 1, persistent=False)
         self.register_buffer("weight", config.gamma_denoising ** steps_to_go.float(), persistent=False)
+        self.register_buffer("clip_scale", first + (1 - first) * rise.expm1() / math.expm1(3), persistent=False)
 
     def step_log_prob(self, x_before, mu, k):
         """log N(x_{k-1}; mu_k, max(sigma_k, sigma_min)^2) of E15, summed over the action's coordinates."""
         z = (x_before - mu) / self.std[k]
         return (-0.5 * z**2 - torch.log(self.std[k]) - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def act(self, obs, latent, noise):  # latent in: the chain's noise; latent out: the chain itself, x_K ... x_1
-        given = self.denoiser.given(obs)
-        x, chain, log_prob = latent[:, 0], [latent[:, 0]], []
-        for k in range(self.K, 1, -1):
+    def act(self, obs, latent, noise):  # latent in: the chain's noise; latent out: the scored steps as they came out
+        given, x = self.denoiser.given(obs), self.chain(obs, latent, last=self.M)[-1]
+        scored, log_prob = [], []
+        for k in range(self.M, 1, -1):
             mu = self.mu(x, k, given)
             x = mu + self.std[k] * latent[:, self.K + 1 - k]
             log_prob.append(self.step_log_prob(x, mu, k))
-            chain.append(x)
+            scored.append(x)
         mean = self.mu(x, 1, given)
         action = self.head.sample(mean, noise)
         log_prob.append(self.head.log_prob(mean, action))
-        return action, torch.stack(log_prob, 1), torch.stack(chain, 1)
+        latent = torch.cat([latent[:, :self.K + 1 - self.M], *(x[:, None] for x in scored)], 1)
+        return action, torch.stack(log_prob, 1), latent
 
     def evaluate(self, obs, action, latent):
+        omega, scored = latent.split([self.K + 1 - self.M, self.M - 1], 1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.chain_gradient):
+            x = self.chain(obs, omega, last=self.M)[-1]
         of_obs, of_k = self.denoiser.given(obs)
-        mu = self.mu(latent, self.ks, (of_obs[:, None], of_k))  # (B, K, A), all steps at once
+        xs = torch.cat([x[:, None], scored], 1)  # x_M, ..., x_1
+        mu = self.mu(xs, self.ks, (of_obs[:, None], of_k))  # (B, M, A), all steps at once
         last = self.head.log_prob(mu[:, -1], action)[:, None]
-        return (torch.cat([self.step_log_prob(latent[:, 1:], mu[:, :-1], self.ks[:-1]), last], 1),
-                self.head.entropy(mu[:, -1]))
+        return torch.cat([self.step_log_prob(scored, mu[:, :-1], self.ks[:-1]), last], 1), self.head.entropy(mu[:, -1])
 
 
 class Agent(nn.Module):
@@ -491,8 +537,40 @@ class Agent(nn.Module):
 
 # ===== 5  Environments ================================================================================================
 
+class ActionChunk(gym.Wrapper):
+    """One decision is H actions played in a row: a Box of A becomes a Box of H * A, and a reward an array (H,).
+
+    An episode may end inside a chunk; the rewards of the steps that were not played are NaN.
+    """
+
+    def __init__(self, env: gym.Env, length: int):
+        super().__init__(env)
+        self.length, self.action_space = length, repeat(env.action_space, length)
+
+    def step(self, action):
+        rewards, ended = np.full(self.length, np.nan), False
+        for i, one in enumerate(np.split(action, self.length)):
+            if not ended:
+                obs, rewards[i], terminated, truncated, info = self.env.step(one)
+                ended = terminated or truncated
+        return obs, rewards, terminated, truncated, info
+
+
+def repeat(space: gym.Space, times: int) -> gym.Space:
+    """Action space of a chunk; raises UserError for actions that cannot be chunked."""
+    if times == 1:
+        return space
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"--action-chunk needs Box actions, not {space}.")
+    return gym.spaces.Box(np.tile(space.low, times), np.tile(space.high, times), dtype=space.dtype)
+
+
 class LeanSyncVectorEnv(gym.vector.SyncVectorEnv):
     """Gymnasium's SyncVectorEnv without merging the infos that nobody reads (a tenth of HalfCheetah's time)."""
+
+    def __init__(self, *given, chunk: int, **more):
+        super().__init__(*given, **more)
+        self._rewards = np.zeros((self.num_envs, chunk))  # of every step in a chunk
 
     def _add_info(self, vector_infos, env_info, env_num):
         if "final_obs" not in env_info:
@@ -506,7 +584,7 @@ class EnvPoolVectorEnv:
     EnvPool resets an ended environment in the NEXT step; here it is reset at once, as in AutoresetMode.SAME_STEP.
     """
 
-    def __init__(self, env_id: str, num_envs: int):
+    def __init__(self, env_id: str, num_envs: int, chunk: int):
         envpool = optional("envpool", "--vector envpool")
         if env_id not in envpool.list_all_envs():
             raise UserError(f"EnvPool has no task {env_id!r}; use --vector sync.")
@@ -514,14 +592,22 @@ class EnvPoolVectorEnv:
         self.make = lambda seed: envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads,
                                               seed=seed)
         self.pool = self.make(0)
-        self.single_observation_space, self.single_action_space = self.pool.observation_space, self.pool.action_space
+        self.single_observation_space = self.pool.observation_space
+        self.single_action_space = repeat(self.pool.action_space, chunk)
+        self.num_envs, self.chunk = num_envs, chunk
 
     def reset(self, seed):
         self.pool = self.make(seed)  # EnvPool takes seeds only here
         return self.pool.reset()
 
     def step(self, action):
-        obs, reward, terminated, truncated, _ = self.pool.step(action)
+        action = action if self.chunk == 1 else action.reshape(self.num_envs, self.chunk, -1)
+        obs, reward, terminated, truncated, _ = self.pool.step(action if self.chunk == 1 else action[:, 0])
+        reward = np.pad(reward[:, None], [(0, 0), (0, self.chunk - 1)], constant_values=np.nan)
+        for i in range(1, self.chunk):
+            go = np.flatnonzero(~(terminated | truncated)).astype(np.int32)
+            if len(go):
+                obs[go], reward[go, i], terminated[go], truncated[go], _ = self.pool.step(action[go, i], go)
         ended = np.flatnonzero(terminated | truncated).astype(np.int32)
         if not len(ended):
             return obs, reward, terminated, truncated, {}
@@ -538,14 +624,17 @@ class VectorEnv:
     """N copies of a task that take and give tensors on `device`.
 
     reset(seed) -> obs (N, S);  step(action) -> obs, reward, terminated, truncated, final_obs
-    Box actions live in [-1, 1] here and are clipped and rescaled; final_obs (N, S) is where each step really led: it
-    differs from obs (where the next step starts) in those environments that ended and were reset in the same step.
+    A decision is a chunk of H actions (H = 1 unless asked for): an action is (N, H * A), a reward (N, H), NaN for steps
+    after an episode's end. Box actions live in [-1, 1] here and are clipped and rescaled; final_obs (N, S) is where each
+    step really led: it differs from obs (where the next step starts) in those environments that ended and were reset in
+    the same step.
     """
 
-    def __init__(self, env_id: str, num_envs: int, device: torch.device, vector: str = "sync", render: bool = False):
+    def __init__(self, env_id: str, num_envs: int, device: torch.device, vector: str = "sync", chunk: int = 1,
+                 render: bool = False):
         check_env_id(env_id)
-        self.env_id, self.num_envs, self.device, self.vector = env_id, num_envs, device, vector
-        self.envs = EnvPoolVectorEnv(env_id, num_envs) if vector == "envpool" else self._make_gymnasium(render)
+        self.env_id, self.num_envs, self.device, self.vector, self.chunk = env_id, num_envs, device, vector, chunk
+        self.envs = EnvPoolVectorEnv(env_id, num_envs, chunk) if vector == "envpool" else self._make_gymnasium(render)
         obs_space, act_space = self.envs.single_observation_space, self.envs.single_action_space
         if not isinstance(obs_space, gym.spaces.Box):
             raise UserError(f"observations of {env_id} are {obs_space}; only Box is supported, so wrap the environment "
@@ -563,14 +652,20 @@ class VectorEnv:
         self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
 
     def _make_gymnasium(self, render: bool):
-        env_id, more = self.env_id, {"render_mode": "rgb_array"} if render else {}
-        make = lambda: gym.make(env_id, disable_env_checker=True, **more)  # not self: workers may have to unpickle it
-        kind = LeanSyncVectorEnv if self.vector == "sync" else gym.vector.AsyncVectorEnv
+        env_id, chunk, more = self.env_id, self.chunk, {"render_mode": "rgb_array"} if render else {}
+
+        def make():  # without self: workers may have to unpickle it
+            env = gym.make(env_id, disable_env_checker=True, **more)
+            return ActionChunk(env, chunk) if chunk > 1 else env
+
+        kind = partial(LeanSyncVectorEnv, chunk=chunk) if self.vector == "sync" else gym.vector.AsyncVectorEnv
         mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of HalfCheetah's XML, N times
         try:
             with warnings.catch_warnings(), signals(signal.SIG_IGN, signal.SIGINT):  # Ctrl-C is not for the workers
                 warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
                 return kind([make] * self.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        except UserError:
+            raise
         except Exception as error:  # a missing package, a missing display, or a mistake in the environment's own code
             raise UserError(f"cannot make {self.env_id}: {first_line(error)}") from error
         finally:
@@ -582,7 +677,7 @@ class VectorEnv:
         return self._tensor(self.envs.reset(seed=seeds)[0])
 
     def step(self, action):
-        """Action (N, A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N,), two bool tensors (N,)."""
+        """Action (N, H * A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N, H), two bools (N,)."""
         action = action.cpu().numpy()
         action = action + self.start if self.discrete else self.center + self.scale * action.clip(-1, 1)
         try:
@@ -594,7 +689,7 @@ class VectorEnv:
             final_obs, ended = obs.copy(), terminated | truncated
             final_obs[ended] = np.stack(info["final_obs"][ended])
         now = self._tensor(obs)
-        return (now, torch.as_tensor(reward, dtype=torch.float32).to(self.device),
+        return (now, torch.as_tensor(reward.reshape(-1, self.chunk), dtype=torch.float32).to(self.device),
                 torch.as_tensor(terminated).to(self.device), torch.as_tensor(truncated).to(self.device),
                 now if final_obs is obs else self._tensor(final_obs))
 
@@ -646,7 +741,7 @@ class Rollout:
         self.obs, self.final_obs = new(env.obs_dim), new(env.obs_dim)
         self.action = new(dtype=torch.int64) if env.discrete else new(env.act_dim)
         self.latent, self.log_prob = new(policy.latent_steps, env.act_dim), new(len(policy.weight))
-        self.reward, self.terminated, self.ended = new(), new(), new()  # ended = terminated or truncated
+        self.reward, self.terminated, self.ended = new(env.chunk), new(), new()  # ended = terminated or truncated
 
     @torch.no_grad()
     def collect(self, env: VectorEnv, agent: Agent, act, obs):
@@ -671,11 +766,11 @@ class Episodes:
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs)
 
     def take(self, reward, ended):
-        """reward, ended (T, N) -> list of (return, length) of the episodes that ended."""
+        """reward (T, N, H), ended (T, N) -> list of (return, length) of the episodes that ended."""
         finished = []
         for r, end in zip(reward.cpu().numpy().astype(np.float64), ended.cpu().numpy().astype(bool)):
-            self.returns += r
-            self.lengths += 1
+            self.returns += np.nansum(r, -1)
+            self.lengths += np.isfinite(r).sum(-1)
             if end.any():
                 finished += zip(self.returns[end].tolist(), self.lengths[end].tolist())
                 self.returns[end] = self.lengths[end] = 0
@@ -714,12 +809,12 @@ def ppo_loss(agent: Agent, config: Config, obs, action, latent, old_log_prob, ol
     policy loss, value loss, entropy, approximate KL (Schulman's k3 estimator, summed over M), clip fraction.
     """
     log_prob, entropy = agent.policy.evaluate(obs, action, latent)
-    log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
+    log_ratio = (log_prob - old_log_prob) / (agent.policy.act_dim if config.mean_log_prob else 1)
+    ratio, clip = log_ratio.exp(), config.clip_coef * agent.policy.clip_scale
     if config.norm_adv:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     A = advantage[:, None] * agent.policy.weight
-    policy_loss = -torch.min(ratio * A, ratio.clamp(1 - config.clip_coef, 1 + config.clip_coef) * A).mean()
+    policy_loss = -torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
     value = agent.value(obs)
     value_loss = 0.5 * (value - target) ** 2
     if config.clip_vloss:
@@ -728,13 +823,16 @@ def ppo_loss(agent: Agent, config: Config, obs, action, latent, old_log_prob, ol
     value_loss, entropy = value_loss.mean(), entropy.mean()
     with torch.no_grad():
         kl = (ratio - 1 - log_ratio).sum(-1).mean()
-        clip_fraction = ((ratio - 1).abs() > config.clip_coef).float().mean()
+        clip_fraction = ((ratio - 1).abs() > clip).float().mean()
     loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
     return loss, torch.stack([policy_loss.detach(), value_loss.detach(), entropy.detach(), kl, clip_fraction])
 
 
-def update(agent: Agent, config: Config, optimizer, loss_function, batch: dict) -> dict:
-    """All epochs of PPO on a batch of flat tensors; returns diagnostics, averaged over the minibatches taken."""
+def update(agent: Agent, config: Config, optimizer, loss_function, batch: dict, demos=None, warmup=False) -> dict:
+    """All epochs of PPO on a batch of flat tensors; returns diagnostics, averaged over the minibatches taken.
+
+    With `demos`, raw obs (n, S) and actions (n, A), the cloning loss regularises; with `warmup` the critic alone learns.
+    """
     size, total, taken = len(batch["obs"]), 0.0, 0
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(config.update_epochs):
@@ -744,7 +842,12 @@ def update(agent: Agent, config: Config, optimizer, loss_function, batch: dict) 
             optimizer.zero_grad()  # before the forward pass: a CUDA graph reuses the memory of old gradients
             pick = order[start:start + config.minibatch_size]
             loss, diagnostics = loss_function(**{name: tensor[pick] for name, tensor in batch.items()})
+            if demos:
+                some = torch.randint(len(demos[0]), (config.minibatch_size,), device=demos[0].device)
+                loss = loss + config.bc_coef * agent.policy.bc_loss(agent.normalize(demos[0][some]), demos[1][some])
             loss.backward()
+            for p in agent.policy.parameters() if warmup else ():
+                p.grad = None
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             total, taken, kl = total + torch.cat([diagnostics, norm[None]]), taken + 1, kl + diagnostics[3]
@@ -779,7 +882,144 @@ def chain_std(agent: Agent, obs) -> float:
     return ((one - other).square().mean() / 2).sqrt().item()
 
 
-# ===== 8  Checkpoints, evaluation and curves ==========================================================================
+# ===== 8  Demonstrations ==============================================================================================
+
+D4RL_NAMES = dict(observations="observations", actions="actions", rewards="rewards", terminations="terminals",
+                  truncations="timeouts")  # ours and Minari's -> those of D4RL's HDF5 files
+
+
+def read_demos(source: str) -> dict[str, np.ndarray]:
+    """observations (n, S), actions (n, A), rewards, terminations, truncations (n,): a row per step, episode by episode.
+
+    `source` is an .npz file of `collect`, a D4RL-style .hdf5 file, or minari:DATASET. Raises UserError.
+    """
+    if source.startswith("minari:"):
+        minari, name = optional("minari", "--demos minari:..."), source.removeprefix("minari:")
+        try:
+            episodes = list(minari.load_dataset(name, download=name not in minari.list_local_datasets()))
+        except Exception as error:
+            near = difflib.get_close_matches(name, minari.list_local_datasets(), n=3, cutoff=0.3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`minari list remote` names them."
+            raise UserError(f"Minari has no dataset {name!r} ({first_line(error)}); {hint}") from None
+        return {key: np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes]) for key in D4RL_NAMES}
+    try:
+        if source.endswith((".hdf5", ".h5")):
+            with optional("h5py", "--demos with an HDF5 file").File(source) as file:
+                return {key: file[name][()] for key, name in D4RL_NAMES.items()}
+        with np.load(source, allow_pickle=False) as file:
+            return {key: file[key] for key in D4RL_NAMES}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read demonstrations from {source} ({first_line(error)}); give an .npz file of "
+                        "--collect, a D4RL .hdf5 file, or minari:DATASET.") from None
+
+
+def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Chunks that stay inside an episode: observations (n, S), actions (n, H * A) in [-1, 1], episode numbers (n,).
+
+    Raises UserError for demonstrations of another task, or the first row that cannot be right. Prints a summary.
+    """
+    if env.discrete:
+        raise UserError(f"{env.env_id} has Discrete actions; demonstrations of Box actions only can be cloned.")
+    demos, act_dim = read_demos(source), env.act_dim // env.chunk
+    n = len(demos["rewards"])
+    for key, size in dict(observations=env.obs_dim, actions=act_dim, rewards=1, terminations=1, truncations=1).items():
+        if demos[key].size != n * size or not n:
+            raise UserError(f"{key} of {source} have the shape {demos[key].shape}, but {n} steps of {env.env_id} need "
+                            f"({n}, {size}): these are not demonstrations of this task.")
+        demos[key] = demos[key].reshape(n, size)
+        if not (good := np.isfinite(demos[key]).all(1)).all():
+            raise UserError(f"{key} of {source} are not finite in row {good.argmin()}; remove that episode.")
+    action = (demos["actions"] - env.center[:act_dim]) / env.scale[:act_dim]
+    if not (good := (np.abs(action) <= 1.001).all(1)).all():
+        raise UserError(f"actions of {source} leave the task's action space in row {good.argmin()}: "
+                        f"{demos['actions'][good.argmin()]}; scale or clip them.")
+    end = (demos["terminations"] + demos["truncations"] > 0).squeeze(1)
+    end[-1] = True
+    episode = np.cumsum(end) - end  # the number of each row's episode
+    start = np.flatnonzero(episode[env.chunk - 1:] == episode[:n + 1 - env.chunk])
+    if not len(start) or not episode[start[0]] < episode[start[-1]]:
+        raise UserError(f"{source} has fewer than two episodes of at least --action-chunk {env.chunk} steps; "
+                        "record more.")
+    returns = np.bincount(episode, demos["rewards"][:, 0])
+    print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f}, "
+          f"{(np.abs(action) > 0.999).mean():.0%} of the actions at a bound", flush=True)
+    chunks = np.lib.stride_tricks.sliding_window_view(action.clip(-1, 1), env.chunk, 0)[start].swapaxes(1, 2)
+    tensor = lambda x: torch.as_tensor(x.reshape(len(start), -1), dtype=torch.float32).to(env.device)
+    return tensor(demos["observations"][start]), tensor(chunks), episode[start]
+
+
+def clone(agent: Agent, config: Config, demos, run: Path) -> None:
+    """Behaviour cloning (E2): Adam, a cosine schedule, and at the end a moving average of the weights.
+
+    `demos` as load_demos returns them. A twentieth of the episodes is held out; its loss and the loss of training are
+    the columns of cloning.csv in the run folder.
+    """
+    obs, action, episode = demos
+    agent.obs_norm.update(obs)
+    obs, episodes = agent.normalize(obs), np.unique(episode)
+    held_out = np.random.default_rng(config.seed).permutation(episodes)[:math.ceil(len(episodes) / 20)]
+    held_out = torch.as_tensor(np.isin(episode, held_out), device=obs.device)
+    seen, unseen = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+    optimizer = torch.optim.Adam(agent.policy.parameters(), config.bc_learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.bc_steps)
+    average = swa_utils.AveragedModel(agent.policy, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.999))
+    rows, total, every = ["step,loss,held_out_loss"], 0.0, max(1, config.bc_steps // 20)
+    for step in range(1, config.bc_steps + 1):
+        pick = seen[torch.randint(len(seen), (config.bc_batch_size,), device=obs.device)]
+        loss = agent.policy.bc_loss(obs[pick], action[pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(agent.policy)
+        total += loss.detach()
+        if step % every == 0:
+            with torch.no_grad(), keep_random_state(obs.device):
+                torch.manual_seed(0)  # the same noise each time, so that only learning moves the loss
+                unseen_loss = average.module.bc_loss(obs[unseen], action[unseen])
+            print(f"{step:>13,} cloning steps, loss {total / every:.4f}, held out {unseen_loss:.4f}", flush=True)
+            rows.append(f"{step},{total / every:.6g},{unseen_loss:.6g}")
+            total = 0.0
+    agent.policy.load_state_dict(average.module.state_dict())
+    write(run / "cloning.csv", lambda file: file.write("\n".join([*rows, ""]).encode()))
+
+
+@torch.no_grad()
+def collect(run: str | Path, steps: int, path: str, deterministic: bool = False, device: str = "auto") -> None:
+    """Play a saved run for about `steps` environment steps and write them as demonstrations, an .npz file.
+
+    `deterministic` leaves out the final Gaussian's noise. Episodes cut off at the end count as truncated.
+    """
+    config = load_config(Path(run))
+    env = VectorEnv(config.env, config.num_envs, pick_device(device))  # single steps, also of a policy with chunks
+    N, H = env.num_envs, config.action_chunk
+    torch.manual_seed(seed := 2_000_003 + config.seed)  # apart from the seeds of training and evaluation
+    agent = Agent(config, env.obs_dim, env.act_dim * H, env.discrete).to(env.device)
+    load_checkpoint(Path(run), agent, env)
+    obs, rows, used = env.reset(seed), [], torch.full((N,), H)
+    plan = torch.zeros(N, H, dtype=torch.int64) if env.discrete else torch.zeros(N, H, env.act_dim)
+    for _ in range(math.ceil(steps / N)):
+        latent, noise = agent.policy.noise(N, env.device)
+        new = agent.act(obs, latent, torch.zeros_like(noise) if deterministic else noise)[0].cpu().view(plan.shape)
+        plan[used == H], used[used == H] = new[used == H], 0
+        action, used = plan[range(N), used], used + 1
+        after, reward, terminated, truncated, _ = env.step(action)
+        used[(terminated | truncated).cpu()] = H  # a new episode asks for a new chunk
+        played = action.numpy() if env.discrete else env.center + env.scale * action.numpy().clip(-1, 1)
+        outcome = (x.cpu().numpy() for x in (reward[:, 0], terminated, truncated))
+        rows.append([obs.cpu().numpy(), played.astype(env.act_space.dtype), *outcome])
+        obs = after
+    env.close()
+    observations, actions, rewards, terminations, truncations = (np.stack(column, 1) for column in zip(*rows))
+    truncations[:, -1] |= ~terminations[:, -1]
+    arrays = dict(zip(D4RL_NAMES, (observations, actions, rewards, terminations, truncations)))
+    arrays = {key: array.reshape(-1, *array.shape[2:]) for key, array in arrays.items()}
+    write(Path(path), lambda file: np.savez_compressed(file, **arrays))
+    ends = (arrays["terminations"] | arrays["truncations"]).sum()
+    print(f"{path}: {len(arrays['rewards']):,} steps, {ends} episodes", flush=True)
+
+
+# ===== 9  Checkpoints, evaluation and curves ==========================================================================
 
 def write(path: Path, to) -> None:
     """Let to(file) write `path` atomically: a full disk or a kill in the middle leaves the old file as it was."""
@@ -832,7 +1072,7 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
     """
     run, config = Path(run), load_config(Path(run))
     seed, frames, result = 1_000_003 + config.seed, [], {}  # apart from the seeds of training
-    env = VectorEnv(config.env, episodes, pick_device(device), render=video is not None)
+    env = VectorEnv(config.env, episodes, pick_device(device), chunk=config.action_chunk, render=video is not None)
     with keep_random_state(env.device):
         agent = Agent(config, *env.spaces).to(env.device)
         load_checkpoint(run, agent, env)
@@ -846,8 +1086,8 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
                 latent, noise = agent.policy.noise(episodes, env.device)
                 action = agent.act(obs, latent, noise if name == "with noise" else torch.zeros_like(noise))[0]
                 obs, reward, terminated, truncated, _ = env.step(action)
-                returns += alive * reward.cpu().numpy()
-                lengths += alive
+                returns += alive * reward.nansum(1).cpu().numpy()
+                lengths += alive * reward.isfinite().sum(1).cpu().numpy()
                 alive &= ~(terminated | truncated).cpu().numpy()
             result[name] = {"return": returns, "length": lengths}
         one = lambda: agent.act(obs[:1], *agent.policy.noise(1, env.device))[0].cpu()
@@ -907,7 +1147,7 @@ def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-# ===== 9  Training ====================================================================================================
+# ===== 10  Training ===================================================================================================
 
 def pick_device(name: str) -> torch.device:
     """torch.device of auto, cpu, cuda, cuda:N or mps; raises UserError where it is not there."""
@@ -966,7 +1206,8 @@ class Trainer:
         config.check()
         self.config, self.device = config, pick_device(config.device)
         torch.manual_seed(config.seed)
-        self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector)
+        self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector, config.action_chunk)
+        self.demos = load_demos(config.demos, self.env) if config.demos else None
         self.agent = Agent(config, *self.env.spaces).to(self.device)
         self.parameters = [p for p in self.agent.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=1e-5,
@@ -978,7 +1219,7 @@ class Trainer:
             self.loss = compiled(self.loss)
         self.rollout, self.episodes = Rollout(config, self.env, self.agent), Episodes(config.num_envs)
         self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
-        self.batch_size = config.num_envs * config.num_steps
+        self.batch_size = config.num_envs * config.num_steps * config.action_chunk  # in environment steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         self.obs = self.env.reset(config.seed)
 
@@ -991,11 +1232,7 @@ class Trainer:
 
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
-        before = load_config(run)
-        for name in SAME_RUN:
-            if (was := getattr(before, name)) != (now := getattr(self.config, name)):
-                raise UserError(f"{run} was trained with {name} = {was}, so it cannot go on with {now}: leave "
-                                f"out --{name.replace('_', '-')}, or start a new run.")
+        self.require_same(run, SAME_RUN)
         state = load_checkpoint(run, self.agent, self.env)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0]["fused"] = self.device.type != "mps"  # the checkpoint may be another device's
@@ -1008,6 +1245,28 @@ class Trainer:
                             "to go on.")
         self.obs = self.env.reset(self.config.seed, self.done)
 
+    def init_from(self, run: Path) -> None:
+        """Start from another run's policy, critic and normalisers; NCDPO and DPPO can start from one another's."""
+        before = self.require_same(run, SAME_POLICY)
+        if before.algo != self.config.algo and "ppo" in (before.algo, self.config.algo):
+            raise UserError(f"{run} was trained by {before.algo}, whose network is not that of {self.config.algo}.")
+        source = Agent(before, *self.env.spaces).to(self.device)
+        load_checkpoint(run, source, self.env)
+        ours, theirs = self.agent.state_dict(), source.state_dict()
+        if (before.algo, before.init_std) != (self.config.algo, self.config.init_std):
+            theirs = {name: tensor for name, tensor in theirs.items() if ".head." not in name}  # keep our sigma
+        frozen = {name.replace(".denoiser.", ".frozen."): tensor for name, tensor in theirs.items()}
+        self.agent.load_state_dict({name: (frozen | theirs).get(name, tensor) for name, tensor in ours.items()})
+
+    def require_same(self, run: Path, names) -> Config:
+        """The configuration of a run; raises UserError where it differs from ours in one of `names`."""
+        before = load_config(run)
+        for name in names:
+            if (was := getattr(before, name)) != (now := getattr(self.config, name)):
+                raise UserError(f"{run} was trained with {name} = {was}, so it cannot go on with {now}: leave "
+                                f"out --{name.replace('_', '-')}, or start a new run.")
+        return before
+
     def iterate(self) -> dict:
         """One rollout and one update; returns the row of metrics.csv."""
         config, agent, rollout, start = self.config, self.agent, self.rollout, time.perf_counter()
@@ -1018,21 +1277,26 @@ class Trainer:
         collected = time.perf_counter()
 
         with torch.no_grad():
-            obs, reward = agent.normalize(rollout.obs), rollout.reward
+            H, played = config.action_chunk, rollout.reward.isfinite().sum(-1)  # steps of each chunk
+            obs, gamma = agent.normalize(rollout.obs), config.gamma ** H  # of a decision
+            reward = rollout.reward.nan_to_num() @ (config.gamma ** torch.arange(H, device=self.device))
             if config.norm_reward:
-                sums, self.carry = discounted_sums(reward, rollout.ended, self.carry, config.gamma)
+                sums, self.carry = discounted_sums(reward, rollout.ended, self.carry, gamma)
                 agent.reward_norm.update(sums.reshape(-1, 1))
                 reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10)
             value, final_value = agent.value(obs), agent.value(agent.normalize(rollout.final_obs))
-            advantage = advantages(reward, value, final_value, rollout.terminated, rollout.ended,
-                                   config.gamma, config.gae_lambda)
+            final_value = final_value * config.gamma ** (played - H)  # a truncated chunk led there sooner
+            advantage = advantages(reward, value, final_value, rollout.terminated, rollout.ended, gamma,
+                                   config.gae_lambda)
             target = advantage + value
             agent.obs_norm.update(rollout.obs.flatten(0, 1))  # only now: the rollout was played with the old statistics
         batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, old_log_prob=rollout.log_prob,
                      old_value=value, advantage=advantage, target=target)
         batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
-        self.require_finite("an observation, action, reward or value", *(t.sum() for t in batch.values()))
-        row = update(agent, config, self.optimizer, self.loss, batch)
+        whole = rollout.reward[rollout.ended == 0].sum() + rollout.reward[..., 0].sum()  # no NaN has a place in these
+        self.require_finite("an observation, action, reward or value", whole, *(t.sum() for t in batch.values()))
+        row = update(agent, config, self.optimizer, self.loss, batch, demos=self.demos if config.bc_coef else None,
+                     warmup=self.done < config.critic_warmup)
         self.require_finite("the loss or its gradient", *row.values())
 
         few = {name: tensor[:128] for name, tensor in batch.items()}
@@ -1070,6 +1334,8 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     trainer = Trainer(config)
     if resume is not None:
         trainer.resume(Path(resume))
+    elif config.init_from:
+        trainer.init_from(Path(config.init_from))
     tensorboard = optional("torch.utils.tensorboard", "--tensorboard") if config.tensorboard else None
     run = new_run_folder(config) if resume is None else Path(resume)
     write(run / "config.json", lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=2).encode()))
@@ -1080,7 +1346,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     file = open_metrics(run, trainer.done)
     board = tensorboard and tensorboard.SummaryWriter(str(run), purge_step=trainer.done * trainer.batch_size)
     size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, deque(maxlen=20)
-    started, stop, go_on = time.perf_counter(), [], f"python ncdpo.py --resume {run}"
+    started, stop, reached, go_on = time.perf_counter(), [], False, f"python ncdpo.py --resume {run}"
 
     def save():
         write(run / "checkpoint.pt", lambda file: torch.save(trainer.state_dict(), file))
@@ -1090,11 +1356,13 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
             raise KeyboardInterrupt
         stop.append(signal.Signals(number).name)
 
+    if config.demos and not config.init_from and resume is None:
+        clone(trainer.agent, config, trainer.demos, run)
     with (signals(handle, signal.SIGINT, signal.SIGTERM), tqdm(
             total=trainer.updates * size, initial=first * size, unit=" steps", unit_scale=True, smoothing=0.05,
             disable=not sys.stderr.isatty()) as bar):
         try:
-            while trainer.done < trainer.updates and not stop:
+            while trainer.done < trainer.updates and not stop and not reached:
                 row = trainer.iterate()
                 cells = [row.get(name, "") for name in COLUMNS]
                 file.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in cells) + "\n")
@@ -1102,6 +1370,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
                     board.add_scalar(name, x, row["step"])
                 recent.extend([row["return"]] if row["episodes"] else [])
                 shown = f"return {np.mean(recent):.1f}" if recent else "no episode has ended"
+                reached = recent and config.stop_at_return is not None and np.mean(recent) >= config.stop_at_return
                 bar.set_postfix_str(shown, refresh=False)
                 bar.update(size)
                 twentieth = 20 * trainer.done // trainer.updates
@@ -1124,6 +1393,8 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     history, elapsed, steps = read_metrics(run), time.perf_counter() - started, (trainer.done - first) * size
     plot_curve(history, run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
     shares = {name: history["seconds_" + name][first:].sum() / elapsed for name in ("simulation", "policy", "update")}
+    if reached:
+        print(f"reached the mean return of --stop-at-return {config.stop_at_return:g}", flush=True)
     print(f"{steps:,} steps in {elapsed:.1f} s, {steps / elapsed:,.0f} steps/s ("
           + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + ")", flush=True)
     if stop:
@@ -1134,7 +1405,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     return history
 
 
-# ===== 10  Command line ===============================================================================================
+# ===== 11  Command line ===============================================================================================
 
 @dataclasses.dataclass
 class CommandLine(Config):
@@ -1143,6 +1414,10 @@ class CommandLine(Config):
     resume: str | None = None  # go on with this run folder; its config.json gives the defaults of all other flags
     evaluate: str | None = None  # evaluate this run folder instead of training
     video: str | None = None  # with --evaluate: film the first episode into this .gif or .mp4 file
+    collect: str | None = None  # play this run folder and record demonstrations
+    demo_steps: int = 100_000  # with --collect: environment steps to record
+    demos_out: str = "demos.npz"  # with --collect: the file to write
+    deterministic: bool = False  # with --collect: without the final Gaussian's noise
 
 
 def parse(arguments: list[str]) -> tuple[Config, CommandLine]:
@@ -1150,11 +1425,13 @@ def parse(arguments: list[str]) -> tuple[Config, CommandLine]:
     import tyro
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--env", "--resume", "--evaluate"):
+    for flag in ("--env", "--resume", "--evaluate", "--collect", "--init-from", "--demos"):
         peek.add_argument(flag)
     early, _ = peek.parse_known_args(arguments)
-    run = early.resume or early.evaluate
-    defaults = load_config(Path(run)) if run else Config.for_task(early.env or Config.env)
+    run = early.resume or early.evaluate or early.collect or early.init_from
+    defaults = load_config(Path(run)) if run else Config.for_task(early.env or Config.env, demos=early.demos)
+    if early.init_from:
+        defaults = dataclasses.replace(defaults, total_timesteps=Config.total_timesteps, demos=None)
     line = tyro.cli(CommandLine, args=arguments, default=CommandLine(**dataclasses.asdict(defaults)))
     return Config(**{name: getattr(line, name) for name in Config.__dataclass_fields__}), line
 
@@ -1164,7 +1441,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, line = parse(sys.argv[1:] if arguments is None else arguments)
         config.check()
-        if line.evaluate:
+        if line.collect:
+            collect(line.collect, line.demo_steps, line.demos_out, line.deterministic, config.device)
+        elif line.evaluate:
             print(describe(evaluate(line.evaluate, config.episodes, line.video, config.device)))
         else:
             train(config, line.resume)

@@ -75,8 +75,9 @@ class Tiny(gym.Env):
 
     made_to_fail = None  # (after so many steps of this object, what goes wrong)
 
-    def __init__(self, action_space=gym.spaces.Discrete(3, start=5), observation_space=None, random_start=True):
-        self.action_space, self.random_start = action_space, random_start
+    def __init__(self, action_space=gym.spaces.Discrete(3, start=5), observation_space=None, random_start=True,
+                 terminates_after=math.inf):
+        self.action_space, self.random_start, self.terminates_after = action_space, random_start, terminates_after
         self.observation_space = observation_space or gym.spaces.Box(-np.inf, np.inf, (2, 3), np.float32)
         self.played = 0
 
@@ -97,7 +98,7 @@ class Tiny(gym.Env):
             if wrong == "exception":
                 raise ZeroDivisionError("the physics\nexploded")
             obs, reward = (obs * np.nan, reward) if wrong == "observation" else (obs, reward * np.nan)
-        return obs, reward, False, False, {}
+        return obs, reward, self.t >= self.terminates_after, False, {}
 
 
 def register(name, steps=8, **arguments):
@@ -108,6 +109,7 @@ BOX = gym.spaces.Box(np.array([-1, 2], np.float32), np.array([3, 10], np.float32
 register("Tiny-v0")
 register("TinyBox-v0", action_space=BOX)
 register("TinyFixed-v0", steps=32, action_space=BOX, random_start=False)
+register("TinyEnds-v0", steps=32, action_space=BOX, terminates_after=7)
 register("TinyDict-v0", observation_space=gym.spaces.Dict(a=BOX))
 register("TinyMulti-v0", action_space=gym.spaces.MultiDiscrete([2, 3]))
 register("TinyUnbounded-v0", action_space=gym.spaces.Box(-np.inf, np.inf, (2,)))
@@ -259,6 +261,69 @@ def test_ratio_is_one_right_after_sampling(algo, discrete):  # E11
         assert torch.equal(again, log_prob) and torch.equal(remembered, latent)
 
 
+@pytest.mark.parametrize("M", [1, 2, 4, 5])
+def test_scored_steps_are_conditioned_on_the_noise_of_the_others(float64, M):  # E16
+    """Five steps, the last M scored: drawn as DPPO draws them, after E5 on the noise of the others."""
+    policy, obs = make_policy("dppo", denoising_steps=5, scored_steps=M, min_std=0.3), torch.randn(11, 3)
+    latent, noise = policy.noise(11, CPU)
+    action, log_prob, remembered = policy.act(obs, latent, noise)
+    x, expected = latent[:, 0], []
+    for k in range(5, 0, -1):
+        mu, sigma = reference_step(policy, "sample", 1.0, x, k, obs)
+        if k > M:
+            x = mu + sigma * latent[:, 6 - k]
+        else:
+            std = max(sigma, 0.3)
+            x = mu + std * (latent[:, 6 - k] if k > 1 else noise)
+            expected.append(Normal(mu, std).log_prob(x).sum(-1))
+    torch.testing.assert_close(action, x)
+    torch.testing.assert_close(log_prob, torch.stack(expected, 1))
+    torch.testing.assert_close(policy.log_prob(obs, action, remembered), torch.stack(expected, 1))
+    assert len(policy.weight) == len(policy.clip_scale) == M and policy.weight[-1] == 1
+
+
+@pytest.mark.parametrize("flows", [True, False])
+def test_one_scored_step_is_ncdpo_with_or_without_its_gradient_through_the_chain(float64, flows):  # E16
+    shared = dict(denoising_steps=4, min_std=0.3, init_std=0.3)
+    one = make_policy("dppo", scored_steps=1, chain_gradient=flows, **shared)
+    ncdpo_ = make_policy("ncdpo", **shared)
+    ncdpo_.load_state_dict(one.state_dict())
+    obs, action = torch.randn(9, 3), torch.randn(9, 2)
+    omega, _ = one.noise(9, CPU)
+    gradients = []
+    for policy in (one, ncdpo_):
+        log_prob = policy.log_prob(obs, action, omega)
+        gradients.append(torch.autograd.grad(log_prob.sum(), list(policy.denoiser.parameters())))
+    same = [torch.allclose(a, b) for a, b in zip(*gradients)]
+    assert all(same) if flows else not any(same)
+    torch.testing.assert_close(log_prob, one.log_prob(obs, action, omega))
+
+
+@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
+def test_frozen_steps_keep_the_network_they_began_with(tmp_path, algo):
+    given = dict(env="TinyBox-v0", algo=algo, denoising_steps=4, hidden=8)
+    ncdpo.train(config(runs=str(tmp_path), **given))
+    trainer = ncdpo.Trainer(config(finetune_steps=2, **given))
+    trainer.init_from(tmp_path / f"TinyBox-v0__{algo}__1")
+    policy = trainer.agent.policy
+    before = [p.clone() for p in policy.frozen.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.denoiser.parameters()))
+    trainer.iterate()
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.frozen.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(before, policy.denoiser.parameters()))
+    used, forward = [], type(policy.denoiser).forward
+    for net, name in ((policy.denoiser, "tuned"), (policy.frozen, "frozen")):
+        net.forward = lambda x, k, *given, net=net, name=name: used.append((name, k)) or forward(net, x, k, *given)
+    policy.sample(torch.randn(3, 6))
+    assert used == [("frozen", 4), ("frozen", 3), ("tuned", 2), ("tuned", 1)]
+
+
+def test_clip_of_dppo_rises_from_the_first_scored_step_to_the_last():
+    scale = make_policy("dppo", denoising_steps=5, clip_coef=0.2, clip_coef_first=0.05).clip_scale
+    assert (0.2 * scale[[0, -1]]).tolist() == pytest.approx([0.05, 0.2]) and (scale.diff() > 0).all()
+    assert make_policy("dppo", denoising_steps=5).clip_scale.tolist() == [1] * 5
+
+
 @pytest.mark.parametrize("algo", ["ncdpo", "ppo"])
 def test_likelihood_is_torchs_gaussian_and_softmax_around_the_mean(float64, algo):  # E7, E8
     obs, tau = torch.randn(6, 3), 0.3 if algo == "ncdpo" else 1.0
@@ -374,7 +439,7 @@ def test_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain(float64
 
     step = policy.step
     if not through_the_chain:
-        policy.step = lambda x, k, z, given: step(x.detach(), k, z, given)
+        policy.step = lambda x, *more: step(x.detach(), *more)
     estimates, obs = [], torch.ones(4000, 1)
     for _ in range(250):
         with torch.no_grad():
@@ -440,7 +505,7 @@ def test_checkpoint_chain_runs_each_step_again_in_the_backward_pass():
     for switch, calls in ((False, 5), (True, 10)):
         policy, ks = make_policy(denoising_steps=5, checkpoint_chain=switch), []
         step = policy.step
-        policy.step = lambda x, k, z, given: ks.append(k) or step(x, k, z, given)
+        policy.step = lambda x, k, *more: ks.append(k) or step(x, k, *more)
         policy.mean(torch.randn(2, 3), torch.randn(2, 5, 2)).sum().backward()
         assert len(ks) == calls
 
@@ -561,6 +626,72 @@ def test_envpool_truncates_after_as_many_steps_as_gymnasium():
         assert ends == [200, 400, 600] and not any(row["terminated"].any() for row in rows)
 
 
+@pytest.mark.parametrize("env_id, vector", [("TinyBox-v0", "sync"), ("TinyBox-v0", "async"), ("TinyEnds-v0", "sync"),
+                                            ("Hopper-v4", "sync"), ("Pendulum-v1", "envpool")])
+def test_a_chunk_plays_its_actions_one_after_another_until_the_episode_ends(env_id, vector):
+    """Chunks of 3 in one environment are what its copies, one action at a time, would have seen."""
+    if vector == "envpool":
+        pytest.importorskip("envpool")
+    H, N = 3, 2
+    env, seeds = VectorEnv(env_id, N, CPU, vector, chunk=H), []
+    reset, A = env.envs.reset, env.act_dim // 3
+    env.envs.reset = lambda seed: (seeds.append(seed), reset(seed=seed))[1]
+    env.reset(5)
+    alone = [gym.make(env_id, disable_env_checker=True) for _ in range(N)]
+    for one, seed in zip(alone, seeds[0]):
+        one.reset(seed=seed)
+    low, high, broken, rng = env.act_space.low[:A], env.act_space.high[:A], 0, torch.Generator().manual_seed(0)
+    for t in range(80 if vector != "envpool" else 66):  # EnvPool's own dynamics and seeds differ: count its steps only
+        action = 1.5 * torch.randn(N, H * A, generator=rng)
+        next_obs, reward, terminated, truncated, final_obs = env.step(action)
+        assert reward.shape == (N, H)
+        if vector == "envpool":
+            left = 200 - 3 * t  # Pendulum's episodes have 200 steps
+            assert reward.isfinite().sum(1).tolist() == [3] * N and not truncated.any()
+            continue
+        for i, one in enumerate(alone):
+            rewards, ended = [], False
+            for part in (action[i].numpy().reshape(H, A).clip(-1, 1) + 1) / 2:
+                if not ended:
+                    obs, r, dead, cut, _ = one.step(np.float32(low + part * (high - low)))
+                    rewards, ended = rewards + [r], dead or cut
+            rewards += [np.nan] * (H - len(rewards))
+            np.testing.assert_allclose(reward[i], rewards, rtol=1e-4)
+            np.testing.assert_allclose(final_obs[i], np.float32(obs).ravel(), rtol=1e-4, atol=1e-4)
+            assert (terminated[i], truncated[i]) == (dead, cut)
+            if ended:
+                broken += np.isnan(rewards).any()
+                np.testing.assert_allclose(next_obs[i], np.float32(one.reset()[0]).ravel(), rtol=1e-5)
+    if vector == "envpool":
+        _, reward, _, truncated, _ = env.step(action)
+        assert left == 5 and reward.isfinite().sum(1).tolist() == [2] * N and truncated.all()
+    env.close()
+    assert broken or vector == "envpool"
+
+
+@pytest.mark.parametrize("env", ["TinyBox-v0", "TinyEnds-v0"])  # the first truncates inside a chunk, the other terminates
+def test_a_chunk_is_one_decision_whose_rewards_are_discounted_step_by_step(monkeypatch, env):
+    H, gamma, lam = 3, 0.9, 0.8
+    given = dict(action_chunk=H, gamma=gamma, gae_lambda=lam, norm_reward=False, norm_obs=False, total_timesteps=768)
+    trainer, batches = ncdpo.Trainer(config(env=env, **given)), []
+    shaken(trainer.agent.critic)
+    monkeypatch.setattr(ncdpo, "update", lambda *given, **more: batches.append(given[-1]) or {})
+    row, rollout, V = trainer.iterate(), trainer.rollout, lambda obs: trainer.agent.value(obs).item()
+    assert trainer.updates == 4 and row["step"] == 2 * 32 * H
+    with torch.no_grad():
+        for n in range(2):
+            trace, expected = 0.0, np.zeros(32)
+            for t in reversed(range(32)):
+                rewards = [r for r in rollout.reward[t, n].tolist() if not math.isnan(r)]
+                there = 0.0 if rollout.terminated[t, n] else V(rollout.final_obs[t, n])
+                ahead = sum(gamma**i * r for i, r in enumerate(rewards)) + gamma ** len(rewards) * there
+                trace = ahead - V(rollout.obs[t, n]) + (0 if rollout.ended[t, n] else gamma**H * lam * trace)
+                expected[t] = trace
+            got = batches[0]["advantage"].view(32, 2)[:, n]
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
+    assert row["length"] == (8 if env == "TinyBox-v0" else 7)
+
+
 # --- 6  rollout and advantages ---------------------------------------------------------------------------------------
 
 def test_omega_is_drawn_afresh_at_each_step():  # E9
@@ -628,7 +759,7 @@ def test_discounted_sums_start_again_with_each_episode_and_go_on_across_rollouts
 
 def test_episodes_are_counted_across_rollouts():
     episodes = ncdpo.Episodes(2)
-    reward = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
+    reward = torch.tensor([[1.0, 10], [2, 20], [3, 30]])[..., None]
     assert episodes.take(reward, torch.tensor([[0.0, 0], [1, 0], [0, 0]])) == [(3.0, 2.0)]
     finished = episodes.take(reward, torch.tensor([[0.0, 1], [1, 1], [1, 0]]))
     assert finished == [(70.0, 4.0), (6.0, 3.0), (20.0, 1.0), (3.0, 1.0)]
@@ -702,12 +833,13 @@ def test_update_learns_from_the_steps_played(monkeypatch, env, norm):  # E10, E1
     step, first, agent = trainer.env.step, trainer.obs, trainer.agent
     shaken(agent.critic)
     trainer.env.step = lambda action: steps.append(step(action)) or steps[-1]
-    monkeypatch.setattr(ncdpo, "update", lambda *given: batches.append(given[-1]) or {})
+    monkeypatch.setattr(ncdpo, "update", lambda *given, **more: batches.append(given[-1]) or {})
     monkeypatch.setattr(ncdpo, "chain_gradient", lambda *_: (np.array([9.0, 2.0, 8.0]), 0.0))
     trainer.iterate()
     row = trainer.iterate()
 
     obs, reward, terminated, truncated, led = (torch.stack(x) for x in zip(*steps))
+    reward = reward[..., 0]
     obs, ended, sums = torch.cat([first[None], obs[:-1]]), terminated | truncated, [torch.zeros(2)]
     assert (terminated if env == "CartPole-v1" else truncated)[32:].any()
     if norm:
@@ -780,7 +912,7 @@ def test_scaled_rewards_are_clipped_to_ten(monkeypatch):
     trainer, batches = ncdpo.Trainer(config(gamma=0.0)), []  # without a future, the target is the scaled reward
     trainer.agent.reward_norm.var.fill_(1e-6)
     trainer.agent.reward_norm.count.fill_(1e9)
-    monkeypatch.setattr(ncdpo, "update", lambda *given: batches.append(given[-1]) or {})
+    monkeypatch.setattr(ncdpo, "update", lambda *given, **more: batches.append(given[-1]) or {})
     trainer.iterate()
     torch.testing.assert_close(batches[0]["target"], torch.full((64,), 10.0))
 
