@@ -962,7 +962,8 @@ def clone(agent: Agent, config: Config, demos, run: Path) -> None:
     seen, unseen = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
     optimizer = torch.optim.Adam(agent.policy.parameters(), config.bc_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.bc_steps)
-    average = swa_utils.AveragedModel(agent.policy, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.999))
+    decay = max(0.0, 1 - 10 / config.bc_steps)  # the last tenth of the steps
+    average = swa_utils.AveragedModel(agent.policy, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
     rows, total, every = ["step,loss,held_out_loss"], 0.0, max(1, config.bc_steps // 20)
     for step in range(1, config.bc_steps + 1):
         pick = seen[torch.randint(len(seen), (config.bc_batch_size,), device=obs.device)]

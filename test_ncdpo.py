@@ -958,15 +958,230 @@ def test_training_goes_on_with_one_warning_where_torch_compile_fails(monkeypatch
     assert len(caught) == 1
 
 
-# --- 8 - 10  runs ----------------------------------------------------------------------------------------------------
+# --- 8  demonstrations -----------------------------------------------------------------------------------------------
+
+def tiny_demos(lengths=(9, 2, 12, 7), seed=0):
+    """Episodes of TinyBox-v0, numbered by their first observation; every action names its episode and its step."""
+    rows, rng = [], np.random.default_rng(seed)
+    for episode, length in enumerate(lengths):
+        for t in range(length):
+            action = np.array([episode / 10, 3 + t / 10], np.float32)
+            rows.append((np.array([episode, t, 0, 0, 0, 0], np.float32), action, rng.normal(),
+                         t == length - 1 and episode % 2 == 0, t == length - 1 and episode % 2 == 1))
+    return dict(zip(ncdpo.D4RL_NAMES, (np.array(column) for column in zip(*rows))))
+
+
+def saved(path, demos):
+    if path.suffix == ".npz":
+        np.savez(path, **demos)
+    else:
+        with pytest.importorskip("h5py").File(path, "w") as file:
+            for key, name in ncdpo.D4RL_NAMES.items():
+                file[name] = demos[key]
+    return str(path)
+
+
+@pytest.mark.parametrize("H", [1, 3, 8])
+def test_chunks_of_demonstrations_never_cross_an_episodes_end(tmp_path, capsys, H):
+    demos, lengths = tiny_demos(), (9, 2, 12, 7)
+    env = VectorEnv("TinyBox-v0", 2, CPU, chunk=H)
+    obs, action, episode = ncdpo.load_demos(saved(tmp_path / "d.npz", demos), env)
+    expected = [(e, t) for e, length in enumerate(lengths) for t in range(length - H + 1)]
+    assert [tuple(map(int, row)) for row in obs[:, :2].tolist()] == expected and episode.tolist() == [e for e, _ in expected]
+    low, high = torch.as_tensor(BOX.low), torch.as_tensor(BOX.high)
+    real = low + (action.view(-1, H, 2) + 1) / 2 * (high - low)
+    for chunk, (e, t) in zip(real, expected):
+        torch.testing.assert_close(chunk, torch.tensor([[e / 10, 3 + (t + i) / 10] for i in range(H)]), rtol=0, atol=1e-5)
+    returns = [demos["rewards"][demos["observations"][:, 0] == e].sum() for e in range(4)]
+    printed = capsys.readouterr().out
+    assert "4 episodes, 30 steps" in printed and f"mean return {np.mean(returns):.1f}" in printed
+
+
+@pytest.mark.parametrize("kind", ["d.npz", "d.hdf5"])
+def test_demonstrations_are_read_as_they_were_written(tmp_path, kind):
+    for key, array in ncdpo.read_demos(saved(tmp_path / kind, demos := tiny_demos())).items():
+        np.testing.assert_array_equal(array, demos[key])
+
+
+def test_demonstrations_are_read_from_minari(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("h5py")
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    demos, buffers = tiny_demos(), []
+    for e in range(4):
+        one = {key: array[demos["observations"][:, 0] == e] for key, array in demos.items()}
+        one["observations"] = np.concatenate([one["observations"], np.full((1, 6), 99, np.float32)])  # where it ended
+        buffers.append(minari.data_collector.EpisodeBuffer(**{k: list(v) if v.ndim == 1 else v for k, v in one.items()}))
+    space = gym.spaces.Box(-np.inf, np.inf, (6,), np.float32)
+    minari.create_dataset_from_buffers("tiny/box-v0", buffers, observation_space=space, action_space=BOX,
+                                       algorithm_name="-", author="-", author_email="-", code_permalink="-",
+                                       description="-")
+    for key, array in ncdpo.read_demos("minari:tiny/box-v0").items():
+        np.testing.assert_allclose(array, demos[key], rtol=1e-6)
+    monkeypatch.setattr(minari, "load_dataset", lambda name, download: 1 / 0)
+    flags = arguments("TinyBox-v0", tmp_path / "runs", "--demos", "minari:tiny/boxx-v0")
+    assert "did you mean tiny/box-v0" in complaint(capsys, *flags)
+
+
+@pytest.mark.parametrize("package, source", [("h5py", "d.hdf5"), ("minari", "minari:a/b-v0")])
+def test_a_missing_optional_package_is_named(tmp_path, monkeypatch, capsys, package, source):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install {package}" in complaint(capsys, *arguments("TinyBox-v0", tmp_path, "--demos", source))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (dict(observations=np.zeros((30, 5))), "observations of"),
+    (dict(actions=np.zeros((30, 3))), "actions of"),
+    (dict(terminations=np.zeros(29)), "terminations of"),
+    (dict(observations=np.where(np.arange(30)[:, None] == 11, np.nan, np.zeros((30, 6)))), "row 11"),
+    (dict(rewards=np.where(np.arange(30) == 4, np.inf, 0.0)), "row 4"),
+    (dict(actions=np.where(np.arange(30)[:, None] == 17, 11.0, np.full((30, 2), 2.5))), "row 17"),
+    (dict(truncations=np.zeros(30), terminations=np.zeros(30)), "fewer than two episodes"),
+    (dict(truncations=np.ones(30)), "--action-chunk 2"),
+    ("empty", "need"),
+    ("key", "cannot read"),
+    ("pickle", "cannot read"),
+    ("text", "cannot read"),
+    ("truncated", "cannot read"),
+    ("missing", "cannot read"),
+])
+def test_damaged_demonstrations_are_told_in_one_line(tmp_path, capsys, damage, words):
+    path, demos = tmp_path / "d.npz", tiny_demos()
+    if isinstance(damage, dict):
+        demos |= damage
+    elif damage == "empty":
+        demos = {key: array[:0] for key, array in demos.items()}
+    elif damage == "key":
+        del demos["truncations"]
+    elif damage == "pickle":
+        demos["rewards"] = demos["rewards"].astype(object)
+    np.savez(path, **demos)
+    if damage in ("text", "truncated"):
+        path.write_bytes(b"no archive" if damage == "text" else path.read_bytes()[:300])
+    elif damage == "missing":
+        path.unlink()
+    flags = arguments("TinyBox-v0", tmp_path / "runs", "--demos", path, "--action-chunk", "2")
+    assert words in complaint(capsys, *flags) and not (tmp_path / "runs").exists()
+
+
+def test_discrete_actions_are_neither_cloned_nor_chunked(tmp_path, capsys):
+    path = saved(tmp_path / "d.npz", tiny_demos())
+    assert "Box actions only" in complaint(capsys, *arguments("CartPole-v1", tmp_path, "--demos", path))
+    assert "--action-chunk" in complaint(capsys, *arguments("CartPole-v1", tmp_path, "--action-chunk", "2"))
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+def test_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean(tmp_path, predict):
+    """Demonstrated: -0.6 or 0.6 with equal probability, whatever the state."""
+    action = torch.where(torch.rand(4000, 1) < 0.5, 0.6, -0.6) + 0.02 * torch.randn(4000, 1)
+    demos = (torch.randn(4000, 2), action, np.arange(4000) // 10)
+    given = dict(bc_steps=4000, bc_learning_rate=3e-3, hidden=64, denoising_steps=20, predict=predict)
+    policies = {}
+    for algo in ("ncdpo", "ppo"):
+        agent = ncdpo.Agent(config(algo=algo, **given), 2, 1, False)
+        ncdpo.clone(agent, config(algo=algo, **given), demos, tmp_path)
+        policies[algo] = agent.policy
+    with torch.no_grad():
+        drawn = policies["ncdpo"].sample(torch.randn(1000, 2), deterministic=True)[0]
+        assert policies["ppo"].sample(torch.randn(1000, 2), deterministic=True)[0].abs().mean() < 0.15
+    assert ((drawn.abs() - 0.6).abs() < 0.15).float().mean() > 0.9 and 0.4 < (drawn > 0).float().mean() < 0.6
+    rows = rows_of(tmp_path, "cloning.csv")
+    assert len(rows) == 20 and float(rows[-1]["held_out_loss"]) < float(rows[0]["held_out_loss"])
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A cloned run of TinyBox-v0 with chunks of 2, and the demonstrations."""
+    folder = tmp_path_factory.mktemp("clone")
+    path = saved(folder / "d.npz", tiny_demos())
+    given = dict(env="TinyBox-v0", action_chunk=2, denoising_steps=3, bc_steps=60)
+    ncdpo.train(config(demos=path, total_timesteps=0, runs=str(folder), **given))
+    return folder / "TinyBox-v0__ncdpo__1", path, given
+
+
+def test_init_from_reproduces_the_clones_evaluation_exactly(clone, tmp_path):
+    run, _, given = clone
+    shutil.copytree(run, tmp_path / "copy")
+    trainer = ncdpo.Trainer(config(**given))
+    trainer.init_from(run)
+    ncdpo.write(tmp_path / "copy" / "checkpoint.pt", lambda file: torch.save(trainer.state_dict(), file))
+    one, other = (ncdpo.evaluate(folder, 3, device="cpu") for folder in (run, tmp_path / "copy"))
+    for way in ("with noise", "without noise"):
+        np.testing.assert_array_equal(one[way]["return"], other[way]["return"])
+
+
+def test_clone_starts_from_the_demonstrations_statistics_and_dppo_starts_from_ncdpos_clone(clone):
+    run, path, given = clone
+    obs = ncdpo.load_demos(path, VectorEnv("TinyBox-v0", 2, CPU, chunk=2))[0]
+    trainer = ncdpo.Trainer(config(algo="dppo", min_std=0.3, **given))
+    trainer.init_from(run)
+    torch.testing.assert_close(trainer.agent.obs_norm.mean, obs.mean(0))
+    torch.testing.assert_close(trainer.agent.obs_norm.var, obs.var(0, correction=0))
+    cloned = checkpoint_of(run)["agent"]
+    for name, tensor in trainer.agent.policy.denoiser.state_dict().items():
+        assert torch.equal(tensor, cloned["policy.denoiser." + name])
+    assert trainer.agent.policy.head.log_std.exp().tolist() == pytest.approx([0.3] * 4)
+
+
+def test_critic_warmup_leaves_the_actor_where_it_was(clone):
+    run, _, given = clone
+    trainer = ncdpo.Trainer(config(critic_warmup=1, **given))
+    trainer.init_from(run)
+    actor, critic = ([p.clone() for p in part.parameters()] for part in (trainer.agent.policy, trainer.agent.critic))
+    trainer.iterate()
+    assert all(torch.equal(a, b) for a, b in zip(actor, trainer.agent.policy.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(critic, trainer.agent.critic.parameters()))
+    trainer.iterate()
+    assert not any(torch.equal(a, b) for a, b in zip(actor, trainer.agent.policy.parameters()))
+
+
+def test_cloning_regulariser_pulls_the_policy_towards_the_demonstrations(clone):
+    run, path, given = clone
+    losses = []
+    for coefficient in (0.0, 100.0):
+        trainer = ncdpo.Trainer(config(demos=path, bc_coef=coefficient, norm_obs=False, learning_rate=1e-2, **given))
+        trainer.iterate()
+        torch.manual_seed(1)
+        losses.append(trainer.agent.policy.bc_loss(*trainer.demos[:2]).item())
+    assert losses[1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("flags, words", [(["--action-chunk", "4"], "--action-chunk"), (["--predict", "v"], "--predict"),
+                                          (["--env", "TinyEnds-v0"], "--env"), (["--algo", "ppo"], "not that of ppo")])
+def test_a_run_that_cannot_start_from_the_clone_says_so(clone, tmp_path, capsys, flags, words):
+    flags = ["--init-from", clone[0], "--runs", tmp_path, "--total-timesteps", "512", *flags]
+    assert words in complaint(capsys, *flags) and not list(tmp_path.iterdir())
+
+
+def test_collected_demonstrations_are_what_the_run_plays(clone, tmp_path, capsys):
+    """Recorded step by step although the policy decides chunks; read again, they are whole episodes of the task."""
+    path = tmp_path / "own.npz"
+    assert main(["--collect", str(clone[0]), "--demo-steps", "100", "--demos-out", str(path), "--deterministic"]) == 0
+    demos = ncdpo.read_demos(str(path))
+    ends = demos["terminations"] | demos["truncations"]
+    obs, played = demos["observations"], demos["actions"].sum(1)
+    assert len(ends) == 100 and ends.sum() == 2 * math.ceil(50 / 8)  # two environments, episodes of eight steps
+    follows = ~ends[:-1]
+    np.testing.assert_allclose(obs[1:, 2][follows], played[:-1][follows], rtol=1e-5)  # obs[2] is the last action's sum
+    np.testing.assert_allclose(demos["rewards"], played + obs[:, 0], rtol=1e-5)
+    capsys.readouterr()
+    ncdpo.load_demos(str(path), VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
+
+
+def test_training_stops_at_the_return_it_was_asked_for(tmp_path, capsys):
+    history = ncdpo.train(config(stop_at_return=10.0, total_timesteps=2560, runs=str(tmp_path)))
+    assert len(history["update"]) < 40 and "--stop-at-return 10" in capsys.readouterr().out
+
+
+# --- 9 - 11  runs ----------------------------------------------------------------------------------------------------
 
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def rows_of(run):
-    with open(run / "metrics.csv", newline="") as file:
-        return [{name: cell for name, cell in row.items() if not name.startswith("seconds")}
+def rows_of(run, name="metrics.csv"):
+    with open(run / name, newline="") as file:
+        return [{key: cell for key, cell in row.items() if not key.startswith("seconds")}
                 for row in csv.DictReader(file)]
 
 
