@@ -25,9 +25,9 @@ the advantage), K denoising steps, M scored decisions per action, T steps of a r
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import difflib
+import functools
 import importlib
 import itertools
 import json
@@ -40,8 +40,7 @@ import time
 import timeit
 import typing
 import warnings
-from collections import deque
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -495,9 +494,7 @@ class LeanSyncVectorEnv(gym.vector.SyncVectorEnv):
     """Gymnasium's SyncVectorEnv without merging the infos that nobody reads (a tenth of HalfCheetah's time)."""
 
     def _add_info(self, vector_infos, env_info, env_num):
-        if "final_obs" not in env_info:
-            return vector_infos
-        return super()._add_info(vector_infos, {"final_obs": env_info["final_obs"]}, env_num)
+        return super()._add_info(vector_infos, {k: v for k, v in env_info.items() if k == "final_obs"}, env_num)
 
 
 class EnvPoolVectorEnv:
@@ -510,25 +507,23 @@ class EnvPoolVectorEnv:
         envpool = optional("envpool", "--vector envpool")
         if env_id not in envpool.list_all_envs():
             raise UserError(f"EnvPool has no task {env_id!r}; use --vector sync.")
-        threads = min(num_envs, torch.get_num_threads())
-        self.make = lambda seed: envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads,
-                                              seed=seed)
-        self.pool = self.make(0)
+        self.make = functools.partial(envpool.make, env_id, env_type="gymnasium", num_envs=num_envs,
+                                      num_threads=min(num_envs, torch.get_num_threads()))
+        self.reset(0)
         self.single_observation_space, self.single_action_space = self.pool.observation_space, self.pool.action_space
 
     def reset(self, seed):
-        self.pool = self.make(seed)  # EnvPool takes seeds only here
+        self.pool = self.make(seed=seed)  # EnvPool takes seeds only here
         return self.pool.reset()
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.pool.step(action)
-        ended = np.flatnonzero(terminated | truncated).astype(np.int32)
-        if not len(ended):
-            return obs, reward, terminated, truncated, {}
-        final_obs, obs = obs, obs.copy()
-        first_obs, info = self.pool.reset(ended)
-        obs[info["env_id"]] = first_obs
-        return obs, reward, terminated, truncated, {"final_obs": final_obs}
+        ended, more = np.flatnonzero(terminated | truncated).astype(np.int32), {}
+        if len(ended):
+            obs, more = obs.copy(), {"final_obs": obs}
+            first_obs, info = self.pool.reset(ended)
+            obs[info["env_id"]] = first_obs
+        return obs, reward, terminated, truncated, more
 
     def close(self):
         self.pool.close()
@@ -543,9 +538,8 @@ class VectorEnv:
     """
 
     def __init__(self, env_id: str, num_envs: int, device: torch.device, vector: str = "sync", render: bool = False):
-        check_env_id(env_id)
-        self.env_id, self.num_envs, self.device, self.vector = env_id, num_envs, device, vector
-        self.envs = EnvPoolVectorEnv(env_id, num_envs) if vector == "envpool" else self._make_gymnasium(render)
+        self.env_id, self.num_envs, self.device = env_id, num_envs, device
+        self.envs = make_envs(env_id, num_envs, vector, render)
         obs_space, act_space = self.envs.single_observation_space, self.envs.single_action_space
         if not isinstance(obs_space, gym.spaces.Box):
             raise UserError(f"observations of {env_id} are {obs_space}; only Box is supported, so wrap the environment "
@@ -561,20 +555,6 @@ class VectorEnv:
                             "actions are supported, so wrap the environment (gymnasium.wrappers.TransformAction).")
         self.obs_dim, self.act_space = int(np.prod(obs_space.shape)), act_space
         self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
-
-    def _make_gymnasium(self, render: bool):
-        env_id, more = self.env_id, {"render_mode": "rgb_array"} if render else {}
-        make = lambda: gym.make(env_id, disable_env_checker=True, **more)  # not self: workers may have to unpickle it
-        kind = LeanSyncVectorEnv if self.vector == "sync" else gym.vector.AsyncVectorEnv
-        mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of HalfCheetah's XML, N times
-        try:
-            with warnings.catch_warnings(), signals(signal.SIG_IGN, signal.SIGINT):  # Ctrl-C is not for the workers
-                warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
-                return kind([make] * self.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        except Exception as error:  # a missing package, a missing display, or a mistake in the environment's own code
-            raise UserError(f"cannot make {self.env_id}: {first_line(error)}") from error
-        finally:
-            mujoco.set_mju_user_warning(None)
 
     def reset(self, *seed: int):
         """First observations (N, S) of new episodes; every environment gets its own seed, derived from `seed`."""
@@ -616,8 +596,8 @@ class VectorEnv:
 @contextmanager
 def signals(handler, *numbers):
     """Handle these signals by `handler` inside the block (only the main thread may, and needs to)."""
-    here = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers if here}
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if main_thread}
     try:
         yield
     finally:
@@ -625,14 +605,28 @@ def signals(handler, *numbers):
             signal.signal(number, handler)
 
 
-def check_env_id(env_id: str) -> None:
-    """Raises UserError, with the nearest names, unless Gymnasium knows `env_id`."""
+def make_envs(env_id: str, num_envs: int, vector: str, render: bool):
+    """Gymnasium's or EnvPool's vector environment; raises UserError, for an unknown name with the nearest ones."""
     try:
         gym.spec(env_id)
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=3)
         raise UserError(f"unknown environment {env_id!r}" + (f"; did you mean {' or '.join(near)}?" if near else
                         f" ({error}); gymnasium.pprint_registry() lists the known ones.")) from None
+    if vector == "envpool":
+        return EnvPoolVectorEnv(env_id, num_envs)
+    kind = LeanSyncVectorEnv if vector == "sync" else gym.vector.AsyncVectorEnv
+    more = {"render_mode": "rgb_array"} if render else {}
+    make = functools.partial(gym.make, env_id, disable_env_checker=True, **more)
+    mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of HalfCheetah's XML, N times
+    try:
+        with warnings.catch_warnings(), signals(signal.SIG_IGN, signal.SIGINT):  # Ctrl-C is not for the workers
+            warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
+            return kind([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except Exception as error:  # a missing package, a missing display, or a mistake in the environment's own code
+        raise UserError(f"cannot make {env_id}: {first_line(error)}") from error
+    finally:
+        mujoco.set_mju_user_warning(None)
 
 
 # ===== 6  Rollout and advantages ======================================================================================
@@ -647,6 +641,7 @@ class Rollout:
         self.action = new(dtype=torch.int64) if env.discrete else new(env.act_dim)
         self.latent, self.log_prob = new(policy.latent_steps, env.act_dim), new(len(policy.weight))
         self.reward, self.terminated, self.ended = new(), new(), new()  # ended = terminated or truncated
+        self.so_far = torch.zeros(env.num_envs, 2, dtype=torch.float64)  # return and length of the running episodes
 
     @torch.no_grad()
     def collect(self, env: VectorEnv, agent: Agent, act, obs):
@@ -663,27 +658,15 @@ class Rollout:
             self.seconds_simulation += time.perf_counter() - acted
         return obs
 
-
-class Episodes:
-    """Returns and lengths of the episodes that end in each rollout, from the buffers' rewards and ends."""
-
-    def __init__(self, num_envs: int):
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs)
-
-    def take(self, reward, ended):
-        """reward, ended (T, N) -> list of (return, length) of the episodes that ended."""
-        finished = []
-        for r, end in zip(reward.cpu().numpy().astype(np.float64), ended.cpu().numpy().astype(bool)):
-            self.returns += r
-            self.lengths += 1
-            if end.any():
-                finished += zip(self.returns[end].tolist(), self.lengths[end].tolist())
-                self.returns[end] = self.lengths[end] = 0
-        return finished
+    def finished(self):
+        """Return and length of each episode that ended in this rollout, (episodes, 2); to be called once a rollout."""
+        ended, both = self.ended.cpu(), torch.stack([self.reward, torch.ones_like(self.reward)], -1).cpu().double()
+        sums, self.so_far = discounted_sums(both, ended[..., None], self.so_far, gamma=1.0)
+        return sums[ended == 1]
 
 
 def discounted_sums(reward, ended, carry, gamma: float):
-    """Running discounted sum of rewards (T, N) from `carry` (N,) on, as reward normalisation wants it."""
+    """Running discounted sum within each episode of rewards (T, N), from `carry` (N,) on; and the carry after it."""
     sums = torch.empty_like(reward)
     for t in range(len(reward)):
         sums[t] = carry = carry * gamma + reward[t]
@@ -781,6 +764,12 @@ def chain_std(agent: Agent, obs) -> float:
 
 # ===== 8  Checkpoints, evaluation and curves ==========================================================================
 
+COLUMNS = ["update", "step", "seconds", "episodes", "return", "length", "approx_kl", "clip_fraction",
+           "explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm", "sigma", "chain_std",
+           "chain_gradient_ratio", "chain_clipped", "learning_rate",
+           "seconds_simulation", "seconds_policy", "seconds_update"]
+
+
 def write(path: Path, to) -> None:
     """Let to(file) write `path` atomically: a full disk or a kill in the middle leaves the old file as it was."""
     temporary = path.with_suffix(".tmp")
@@ -804,10 +793,7 @@ def load_config(run: Path) -> Config:
 
 
 def load_checkpoint(run: Path, agent: Agent, env: VectorEnv) -> dict:
-    """Put a run folder's weights and normalisers into `agent`; returns the rest, the state of Trainer.state_dict.
-
-    Raises UserError for a file that is missing, damaged, foreign, or of another task or architecture.
-    """
+    """Put a run folder's weights and normalisers into `agent`; returns the whole Trainer.state_dict it was saved as."""
     path = run / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"{run} has no checkpoint.pt: give a run folder whose training came to its first checkpoint.")
@@ -826,16 +812,16 @@ def load_checkpoint(run: Path, agent: Agent, env: VectorEnv) -> dict:
 def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, device: str = "auto") -> dict:
     """Play whole episodes of a saved run: `episodes` with the final Gaussian (or softmax), as many without it.
 
-    The normaliser is frozen, the chain keeps its noise, the seeds are not those of training, and each environment plays
-    exactly one episode, so that short ones are not over-represented. `video` names a .gif or .mp4 of the first episode
-    without noise. Returns {"with noise": {"return", "length": arrays}, "without noise": same, "ms per action": float}.
+    The normaliser is frozen, the chain keeps its noise, and each environment plays exactly one episode, so that short
+    ones are not over-represented. `video` names a .gif or .mp4 of the first episode without noise.
+    Returns {"with noise": {"return", "length": arrays}, "without noise": same, "ms per action": float}.
     """
-    run, config = Path(run), load_config(Path(run))
-    seed, frames, result = 1_000_003 + config.seed, [], {}  # apart from the seeds of training
+    config, frames, result = load_config(Path(run)), [], {}
+    seed = 1_000_003 + config.seed  # apart from the seeds of training
     env = VectorEnv(config.env, episodes, pick_device(device), render=video is not None)
     with keep_random_state(env.device):
         agent = Agent(config, *env.spaces).to(env.device)
-        load_checkpoint(run, agent, env)
+        load_checkpoint(Path(run), agent, env)
         for name in ("with noise", "without noise"):
             torch.manual_seed(seed)
             obs, alive = env.reset(seed), np.ones(episodes, bool)
@@ -843,14 +829,13 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
             while alive.any():
                 if video and name == "without noise" and alive[0] and lengths[0] % 2 == 0:  # every other step
                     frames.append(env.frame())
-                latent, noise = agent.policy.noise(episodes, env.device)
-                action = agent.act(obs, latent, noise if name == "with noise" else torch.zeros_like(noise))[0]
+                action = agent.policy.sample(agent.normalize(obs), deterministic=name == "without noise")[0]
                 obs, reward, terminated, truncated, _ = env.step(action)
                 returns += alive * reward.cpu().numpy()
                 lengths += alive
                 alive &= ~(terminated | truncated).cpu().numpy()
             result[name] = {"return": returns, "length": lengths}
-        one = lambda: agent.act(obs[:1], *agent.policy.noise(1, env.device))[0].cpu()
+        one = lambda: agent.policy.sample(agent.normalize(obs[:1]))[0].cpu()
         result["ms per action"] = 1000 * float(np.median(timeit.repeat(one, number=1, repeat=200)))
     env.close()
     if video:
@@ -867,15 +852,9 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
 def describe(result: dict) -> str:
     """An evaluation as text."""
     spread = lambda x: f"{x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
-    return "\n".join([f"{name:>13}: return {spread(result[name]['return'])}, length {spread(result[name]['length'])}"
-                      for name in ("with noise", "without noise")]
-                     + [f"   one action: {result['ms per action']:.2f} ms (batch 1)"])
-
-
-COLUMNS = ["update", "step", "seconds", "episodes", "return", "length", "approx_kl", "clip_fraction",
-           "explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm", "sigma", "chain_std",
-           "chain_gradient_ratio", "chain_clipped", "learning_rate",
-           "seconds_simulation", "seconds_policy", "seconds_update"]
+    lines = [f"{way:>13}: " + ", ".join(f"{what} {spread(x)}" for what, x in result[way].items())
+             for way in ("with noise", "without noise")]
+    return "\n".join([*lines, f"   one action: {result['ms per action']:.2f} ms (batch 1)"])
 
 
 def open_metrics(run: Path, keep: int):
@@ -888,9 +867,9 @@ def open_metrics(run: Path, keep: int):
 
 def read_metrics(run: str | Path) -> dict[str, np.ndarray]:
     """metrics.csv of a run folder, one float array per column; an empty cell (no episode ended, no chain) is NaN."""
-    with open(Path(run) / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
+    names, *rows = (line.split(",") for line in (Path(run) / "metrics.csv").read_text().splitlines())
+    table = np.array([[float(cell or "nan") for cell in row] for row in rows]).reshape(len(rows), len(names))
+    return dict(zip(names, table.T))
 
 
 def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
@@ -909,6 +888,9 @@ def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
 
 # ===== 9  Training ====================================================================================================
 
+UNROLL = 10  # a longer chain is not compiled: as a whole it would take minutes, one step for all k gains nothing
+
+
 def pick_device(name: str) -> torch.device:
     """torch.device of auto, cpu, cuda, cuda:N or mps; raises UserError where it is not there."""
     if name == "auto":  # not mps: slower than the CPU for networks this small
@@ -919,31 +901,17 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try --device auto.") from None
 
 
-UNROLL = 10  # a longer chain is not compiled: as a whole it would take minutes, one step for all k gains nothing
-
-
 def compiler(config: Config, device: torch.device):
-    """torch.compile as a function of one function; where it fails, it steps aside for good, with one warning."""
+    """torch.compile as a function of one function; where it cannot work, the identity, after one warning."""
     torch.compiler.reset()  # or the runs of one process, say a notebook's, share one small cache
-    mode, works = "reduce-overhead" if device.type == "cuda" else "default", config.compile  # CUDA graphs
-
-    def compiled(function):
-        fast = None
-
-        def call(*args, **kwargs):
-            nonlocal fast, works
-            if works:
-                try:
-                    fast = fast or torch.compile(function, dynamic=False, mode=mode)
-                    return fast(*args, **kwargs)
-                except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:  # no C++ compiler, say
-                    works = False
-                    warnings.warn(f"going on more slowly, without torch.compile, which failed: {first_line(error)}")
-            return function(*args, **kwargs)
-
-        return call
-
-    return compiled
+    options = dict(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")  # CUDA graphs
+    try:
+        if config.compile and device.type != "mps":  # where it is a prototype
+            torch.compile(lambda x: x + 1, **options)(torch.zeros(1, device=device))
+            return functools.partial(torch.compile, **options)
+    except Exception as error:  # no C++ compiler, say
+        warnings.warn(f"going on more slowly, without torch.compile, which failed: {first_line(error)}")
+    return lambda function: function
 
 
 def new_run_folder(config: Config) -> Path:
@@ -976,7 +944,7 @@ class Trainer:
         self.loss = lambda **batch: ppo_loss(self.agent, config, **batch)
         if short or config.algo == "dppo":  # DPPO's loss takes all steps at once
             self.loss = compiled(self.loss)
-        self.rollout, self.episodes = Rollout(config, self.env, self.agent), Episodes(config.num_envs)
+        self.rollout = Rollout(config, self.env, self.agent)
         self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
         self.batch_size = config.num_envs * config.num_steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
@@ -988,6 +956,9 @@ class Trainer:
                 "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "random": torch.get_rng_state(), **({} if self.device.type == "cpu" else {
                     "random_" + self.device.type: getattr(torch, self.device.type).get_rng_state(self.device)})}
+
+    def save(self, run: Path) -> None:
+        write(run / "checkpoint.pt", lambda file: torch.save(self.state_dict(), file))
 
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
@@ -1014,9 +985,7 @@ class Trainer:
         learning_rate = config.learning_rate * (1 - self.done / self.updates if config.anneal_lr else 1)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.obs = rollout.collect(self.env, agent, self.act, self.obs)
-        finished = self.episodes.take(rollout.reward, rollout.ended)
-        collected = time.perf_counter()
-
+        finished, collected = rollout.finished(), time.perf_counter()
         with torch.no_grad():
             obs, reward = agent.normalize(rollout.obs), rollout.reward
             if config.norm_reward:
@@ -1031,9 +1000,12 @@ class Trainer:
         batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, old_log_prob=rollout.log_prob,
                      old_value=value, advantage=advantage, target=target)
         batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
-        self.require_finite("an observation, action, reward or value", *(t.sum() for t in batch.values()))
         row = update(agent, config, self.optimizer, self.loss, batch)
-        self.require_finite("the loss or its gradient", *row.values())
+        for what, numbers in {"an observation, action, reward or value": (t.sum() for t in batch.values()),
+                              "the loss or its gradient": row.values()}.items():
+            if not all(math.isfinite(number) for number in numbers):
+                raise UserError(f"{what} became infinite or not a number in update {self.done + 1} (a lower "
+                                "--learning-rate may help)")
 
         few = {name: tensor[:128] for name, tensor in batch.items()}
         if config.algo == "ncdpo":
@@ -1043,8 +1015,8 @@ class Trainer:
             row["sigma"] = agent.policy.head.log_std.exp().mean().item()
             if config.algo != "ppo":
                 row["chain_std"] = chain_std(agent, few["obs"])
-        if finished:
-            row["return"], row["length"] = np.mean(finished, axis=0).tolist()
+        if len(finished):
+            row["return"], row["length"] = finished.mean(0).tolist()
         self.done += 1
         end = time.perf_counter()
         self.seconds += end - start
@@ -1054,11 +1026,6 @@ class Trainer:
             "explained_variance": (1 - (target - value).var() / target.var().clamp(min=1e-8)).item(),
             "seconds_simulation": rollout.seconds_simulation, "seconds_policy": rollout.seconds_policy,
             "seconds_update": end - collected}
-
-    def require_finite(self, what: str, *numbers) -> None:
-        if not all(math.isfinite(number) for number in numbers):
-            raise UserError(f"{what} became infinite or not a number in update {self.done + 1} (a lower "
-                            "--learning-rate may help)")
 
 
 def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndarray]:
@@ -1077,31 +1044,27 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     parameters = sum(p.numel() for p in trainer.parameters)
     print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {parameters:,} parameters on {trainer.device}, "
           f"{config.num_envs} environments ({config.vector}); writing {run}", flush=True)
-    file = open_metrics(run, trainer.done)
-    board = tensorboard and tensorboard.SummaryWriter(str(run), purge_step=trainer.done * trainer.batch_size)
-    size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, deque(maxlen=20)
+    size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, []
     started, stop, go_on = time.perf_counter(), [], f"python ncdpo.py --resume {run}"
-
-    def save():
-        write(run / "checkpoint.pt", lambda file: torch.save(trainer.state_dict(), file))
+    board = tensorboard.SummaryWriter(str(run), purge_step=first * size) if tensorboard else nullcontext()
 
     def handle(number, frame):  # finish the update, then save; a second signal interrupts at once
         if stop:
             raise KeyboardInterrupt
         stop.append(signal.Signals(number).name)
 
-    with (signals(handle, signal.SIGINT, signal.SIGTERM), tqdm(
-            total=trainer.updates * size, initial=first * size, unit=" steps", unit_scale=True, smoothing=0.05,
-            disable=not sys.stderr.isatty()) as bar):
+    with (signals(handle, signal.SIGINT, signal.SIGTERM), closing(trainer.env), board, open_metrics(run, first) as file,
+          tqdm(total=trainer.updates * size, initial=first * size, unit=" steps", unit_scale=True, smoothing=0.05,
+               disable=not sys.stderr.isatty()) as bar):
         try:
             while trainer.done < trainer.updates and not stop:
                 row = trainer.iterate()
                 cells = [row.get(name, "") for name in COLUMNS]
                 file.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in cells) + "\n")
-                for name, x in row.items() if board else ():
+                for name, x in row.items() if tensorboard else ():
                     board.add_scalar(name, x, row["step"])
-                recent.extend([row["return"]] if row["episodes"] else [])
-                shown = f"return {np.mean(recent):.1f}" if recent else "no episode has ended"
+                recent += [row["return"]] if row["episodes"] else []
+                shown = f"return {np.mean(recent[-20:]):.1f}" if recent else "no episode has ended"
                 bar.set_postfix_str(shown, refresh=False)
                 bar.update(size)
                 twentieth = 20 * trainer.done // trainer.updates
@@ -1110,17 +1073,12 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
                     print(f"{row['step']:>13,} steps ({5 * twentieth}%), {shown}, {size / pace:,.0f} steps/s, "
                           f"{pace * (trainer.updates - trainer.done):.0f} s left", flush=True)
                 if trainer.done % config.checkpoint_every == 0:
-                    save()
+                    trainer.save(run)
                     saved = trainer.done
-            save()
+            trainer.save(run)
         except (UserError, OSError) as error:
             kept = f"the checkpoint of update {saved} is kept: {go_on}" if saved else "there is no checkpoint"
             raise UserError(f"{error}; {kept}.") from error
-        finally:
-            trainer.env.close()
-            file.close()
-            if board:
-                board.close()
     history, elapsed, steps = read_metrics(run), time.perf_counter() - started, (trainer.done - first) * size
     plot_curve(history, run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
     shares = {name: history["seconds_" + name][first:].sum() / elapsed for name in ("simulation", "policy", "update")}
