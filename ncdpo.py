@@ -541,18 +541,17 @@ class VectorEnv:
         self.env_id, self.num_envs, self.device = env_id, num_envs, device
         self.envs = make_envs(env_id, num_envs, vector, render)
         obs_space, act_space = self.envs.single_observation_space, self.envs.single_action_space
-        if not isinstance(obs_space, gym.spaces.Box):
-            raise UserError(f"observations of {env_id} are {obs_space}; only Box is supported, so wrap the environment "
-                            "(gymnasium.wrappers.FlattenObservation makes a Box of most spaces).")
         self.discrete = isinstance(act_space, gym.spaces.Discrete)
+        box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded()
+        if not isinstance(obs_space, gym.spaces.Box) or not (self.discrete or box):
+            raise UserError(f"{env_id} has observations {obs_space} and actions {act_space}; only Box observations and "
+                            "only Discrete and bounded one-dimensional Box actions are supported, so wrap the "
+                            "environment (gymnasium.wrappers.FlattenObservation, gymnasium.wrappers.TransformAction).")
         if self.discrete:
             self.act_dim, self.start = int(act_space.n), int(act_space.start)
-        elif isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded():
-            self.act_dim = act_space.shape[0]
-            self.center, self.scale = (act_space.high + act_space.low) / 2, (act_space.high - act_space.low) / 2
         else:
-            raise UserError(f"actions of {env_id} are {act_space}; only Discrete and bounded one-dimensional Box "
-                            "actions are supported, so wrap the environment (gymnasium.wrappers.TransformAction).")
+            self.act_dim, high, low = len(act_space.high), act_space.high, act_space.low
+            self.center, self.scale = (high + low) / 2, (high - low) / 2
         self.obs_dim, self.act_space = int(np.prod(obs_space.shape)), act_space
         self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
 
@@ -646,16 +645,14 @@ class Rollout:
     @torch.no_grad()
     def collect(self, env: VectorEnv, agent: Agent, act, obs):
         """Fill the buffers from `obs` on; `act` is agent.act, perhaps compiled. Returns the next observation (N, S)."""
-        self.seconds_policy = self.seconds_simulation = 0.0
+        self.seconds_simulation = 0.0
         for t in range(len(self.obs)):
-            start = time.perf_counter()
             action, log_prob, latent = act(obs, *agent.policy.noise(env.num_envs, env.device))
             self.obs[t], self.action[t], self.log_prob[t], self.latent[t] = obs, action, log_prob, latent
-            acted = time.perf_counter()
+            start = time.perf_counter()
             obs, self.reward[t], terminated, truncated, self.final_obs[t] = env.step(self.action[t])
             self.terminated[t], self.ended[t] = terminated, terminated | truncated
-            self.seconds_policy += acted - start
-            self.seconds_simulation += time.perf_counter() - acted
+            self.seconds_simulation += time.perf_counter() - start
         return obs
 
     def finished(self):
@@ -1024,15 +1021,14 @@ class Trainer:
             "update": self.done, "step": self.done * self.batch_size, "seconds": self.seconds,
             "episodes": len(finished), "learning_rate": learning_rate,
             "explained_variance": (1 - (target - value).var() / target.var().clamp(min=1e-8)).item(),
-            "seconds_simulation": rollout.seconds_simulation, "seconds_policy": rollout.seconds_policy,
-            "seconds_update": end - collected}
+            "seconds_simulation": rollout.seconds_simulation, "seconds_update": end - collected,
+            "seconds_policy": collected - start - rollout.seconds_simulation}
 
 
 def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndarray]:
     """Train, and return the history: one array per column of metrics.csv, one entry per update.
 
-    Writes a new run folder (see new_run_folder), or goes on in the folder `resume`: same weights, optimiser,
-    normalisers, random states and schedule, while the environments start new episodes. Raises UserError.
+    Writes a new run folder, or goes on in the folder `resume`, where only the episodes start anew. Raises UserError.
     """
     trainer = Trainer(config)
     if resume is not None:
