@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import functools
 import importlib
 import itertools
 import json
@@ -41,6 +40,7 @@ import timeit
 import typing
 import warnings
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -507,8 +507,8 @@ class EnvPoolVectorEnv:
         envpool = optional("envpool", "--vector envpool")
         if env_id not in envpool.list_all_envs():
             raise UserError(f"EnvPool has no task {env_id!r}; use --vector sync.")
-        self.make = functools.partial(envpool.make, env_id, env_type="gymnasium", num_envs=num_envs,
-                                      num_threads=min(num_envs, torch.get_num_threads()))
+        self.make = partial(envpool.make, env_id, env_type="gymnasium", num_envs=num_envs,
+                            num_threads=min(num_envs, torch.get_num_threads()))
         self.reset(0)
         self.single_observation_space, self.single_action_space = self.pool.observation_space, self.pool.action_space
 
@@ -615,8 +615,7 @@ def make_envs(env_id: str, num_envs: int, vector: str, render: bool):
     if vector == "envpool":
         return EnvPoolVectorEnv(env_id, num_envs)
     kind = LeanSyncVectorEnv if vector == "sync" else gym.vector.AsyncVectorEnv
-    more = {"render_mode": "rgb_array"} if render else {}
-    make = functools.partial(gym.make, env_id, disable_env_checker=True, **more)
+    make = partial(gym.make, env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of HalfCheetah's XML, N times
     try:
         with warnings.catch_warnings(), signals(signal.SIG_IGN, signal.SIGINT):  # Ctrl-C is not for the workers
@@ -905,7 +904,7 @@ def compiler(config: Config, device: torch.device):
     try:
         if config.compile and device.type != "mps":  # where it is a prototype
             torch.compile(lambda x: x + 1, **options)(torch.zeros(1, device=device))
-            return functools.partial(torch.compile, **options)
+            return partial(torch.compile, **options)
     except Exception as error:  # no C++ compiler, say
         warnings.warn(f"going on more slowly, without torch.compile, which failed: {first_line(error)}")
     return lambda function: function
@@ -1037,9 +1036,9 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     run = new_run_folder(config) if resume is None else Path(resume)
     write(run / "config.json", lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=2).encode()))
     chain = f" (K = {config.denoising_steps}, predict {config.predict})" if config.algo != "ppo" else ""
-    parameters = sum(p.numel() for p in trainer.parameters)
-    print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {parameters:,} parameters on {trainer.device}, "
-          f"{config.num_envs} environments ({config.vector}); writing {run}", flush=True)
+    weights = f"{sum(map(torch.numel, trainer.parameters)):,} parameters on {trainer.device}"
+    print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {weights}, {config.num_envs} environments "
+          f"({config.vector}); writing {run}", flush=True)
     size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, []
     started, stop, go_on = time.perf_counter(), [], f"python ncdpo.py --resume {run}"
     board = tensorboard.SummaryWriter(str(run), purge_step=first * size) if tensorboard else nullcontext()
