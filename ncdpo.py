@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import dataclasses
 import difflib
 import importlib
@@ -43,8 +42,7 @@ import timeit
 import typing
 import warnings
 import zipfile
-from collections import deque
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -122,6 +120,7 @@ class Config:
     num_envs: int = 16  # parallel environments N
     num_steps: int = 128  # steps T of each environment in a rollout; N * T transitions make an update
     learning_rate: float = 5e-4  # of Adam
+    critic_learning_rate: float | None = None  # if given, the critic's own, and its gradient is clipped by itself
     anneal_lr: bool = True  # let the learning rate fall linearly to zero
     gamma: float = 0.98  # discount of rewards
     gae_lambda: float = 0.92  # lambda of generalised advantage estimation
@@ -573,9 +572,7 @@ class LeanSyncVectorEnv(gym.vector.SyncVectorEnv):
         self._rewards = np.zeros((self.num_envs, chunk))  # of every step in a chunk
 
     def _add_info(self, vector_infos, env_info, env_num):
-        if "final_obs" not in env_info:
-            return vector_infos
-        return super()._add_info(vector_infos, {"final_obs": env_info["final_obs"]}, env_num)
+        return super()._add_info(vector_infos, {k: v for k, v in env_info.items() if k == "final_obs"}, env_num)
 
 
 class EnvPoolVectorEnv:
@@ -588,16 +585,15 @@ class EnvPoolVectorEnv:
         envpool = optional("envpool", "--vector envpool")
         if env_id not in envpool.list_all_envs():
             raise UserError(f"EnvPool has no task {env_id!r}; use --vector sync.")
-        threads = min(num_envs, torch.get_num_threads())
-        self.make = lambda seed: envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads,
-                                              seed=seed)
-        self.pool = self.make(0)
+        self.make = partial(envpool.make, env_id, env_type="gymnasium", num_envs=num_envs,
+                            num_threads=min(num_envs, torch.get_num_threads()))
+        self.reset(0)
         self.single_observation_space = self.pool.observation_space
         self.single_action_space = repeat(self.pool.action_space, chunk)
         self.num_envs, self.chunk = num_envs, chunk
 
     def reset(self, seed):
-        self.pool = self.make(seed)  # EnvPool takes seeds only here
+        self.pool = self.make(seed=seed)  # EnvPool takes seeds only here
         return self.pool.reset()
 
     def step(self, action):
@@ -608,13 +604,12 @@ class EnvPoolVectorEnv:
             go = np.flatnonzero(~(terminated | truncated)).astype(np.int32)
             if len(go):
                 obs[go], reward[go, i], terminated[go], truncated[go], _ = self.pool.step(action[go, i], go)
-        ended = np.flatnonzero(terminated | truncated).astype(np.int32)
-        if not len(ended):
-            return obs, reward, terminated, truncated, {}
-        final_obs, obs = obs, obs.copy()
-        first_obs, info = self.pool.reset(ended)
-        obs[info["env_id"]] = first_obs
-        return obs, reward, terminated, truncated, {"final_obs": final_obs}
+        ended, more = np.flatnonzero(terminated | truncated).astype(np.int32), {}
+        if len(ended):
+            obs, more = obs.copy(), {"final_obs": obs}
+            first_obs, info = self.pool.reset(ended)
+            obs[info["env_id"]] = first_obs
+        return obs, reward, terminated, truncated, more
 
     def close(self):
         self.pool.close()
@@ -625,51 +620,29 @@ class VectorEnv:
 
     reset(seed) -> obs (N, S);  step(action) -> obs, reward, terminated, truncated, final_obs
     A decision is a chunk of H actions (H = 1 unless asked for): an action is (N, H * A), a reward (N, H), NaN for steps
-    after an episode's end. Box actions live in [-1, 1] here and are clipped and rescaled; final_obs (N, S) is where each
+    after an episode's end. Box actions live in [-1, 1] here and are clipped and rescaled; final_obs (N, S) is where a
     step really led: it differs from obs (where the next step starts) in those environments that ended and were reset in
     the same step.
     """
 
     def __init__(self, env_id: str, num_envs: int, device: torch.device, vector: str = "sync", chunk: int = 1,
                  render: bool = False):
-        check_env_id(env_id)
-        self.env_id, self.num_envs, self.device, self.vector, self.chunk = env_id, num_envs, device, vector, chunk
-        self.envs = EnvPoolVectorEnv(env_id, num_envs, chunk) if vector == "envpool" else self._make_gymnasium(render)
+        self.env_id, self.num_envs, self.device, self.chunk = env_id, num_envs, device, chunk
+        self.envs = make_envs(env_id, num_envs, vector, chunk, render)
         obs_space, act_space = self.envs.single_observation_space, self.envs.single_action_space
-        if not isinstance(obs_space, gym.spaces.Box):
-            raise UserError(f"observations of {env_id} are {obs_space}; only Box is supported, so wrap the environment "
-                            "(gymnasium.wrappers.FlattenObservation makes a Box of most spaces).")
         self.discrete = isinstance(act_space, gym.spaces.Discrete)
+        box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded()
+        if not isinstance(obs_space, gym.spaces.Box) or not (self.discrete or box):
+            raise UserError(f"{env_id} has observations {obs_space} and actions {act_space}; only Box observations and "
+                            "only Discrete and bounded one-dimensional Box actions are supported, so wrap the "
+                            "environment (gymnasium.wrappers.FlattenObservation, gymnasium.wrappers.TransformAction).")
         if self.discrete:
             self.act_dim, self.start = int(act_space.n), int(act_space.start)
-        elif isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded():
-            self.act_dim = act_space.shape[0]
-            self.center, self.scale = (act_space.high + act_space.low) / 2, (act_space.high - act_space.low) / 2
         else:
-            raise UserError(f"actions of {env_id} are {act_space}; only Discrete and bounded one-dimensional Box "
-                            "actions are supported, so wrap the environment (gymnasium.wrappers.TransformAction).")
+            self.act_dim, high, low = len(act_space.high), act_space.high, act_space.low
+            self.center, self.scale = (high + low) / 2, (high - low) / 2
         self.obs_dim, self.act_space = int(np.prod(obs_space.shape)), act_space
         self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
-
-    def _make_gymnasium(self, render: bool):
-        env_id, chunk, more = self.env_id, self.chunk, {"render_mode": "rgb_array"} if render else {}
-
-        def make():  # without self: workers may have to unpickle it
-            env = gym.make(env_id, disable_env_checker=True, **more)
-            return ActionChunk(env, chunk) if chunk > 1 else env
-
-        kind = partial(LeanSyncVectorEnv, chunk=chunk) if self.vector == "sync" else gym.vector.AsyncVectorEnv
-        mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of HalfCheetah's XML, N times
-        try:
-            with warnings.catch_warnings(), signals(signal.SIG_IGN, signal.SIGINT):  # Ctrl-C is not for the workers
-                warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
-                return kind([make] * self.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        except UserError:
-            raise
-        except Exception as error:  # a missing package, a missing display, or a mistake in the environment's own code
-            raise UserError(f"cannot make {self.env_id}: {first_line(error)}") from error
-        finally:
-            mujoco.set_mju_user_warning(None)
 
     def reset(self, *seed: int):
         """First observations (N, S) of new episodes; every environment gets its own seed, derived from `seed`."""
@@ -711,8 +684,8 @@ class VectorEnv:
 @contextmanager
 def signals(handler, *numbers):
     """Handle these signals by `handler` inside the block (only the main thread may, and needs to)."""
-    here = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers if here}
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if main_thread}
     try:
         yield
     finally:
@@ -720,14 +693,33 @@ def signals(handler, *numbers):
             signal.signal(number, handler)
 
 
-def check_env_id(env_id: str) -> None:
-    """Raises UserError, with the nearest names, unless Gymnasium knows `env_id`."""
+def make_envs(env_id: str, num_envs: int, vector: str, chunk: int, render: bool):
+    """Gymnasium's or EnvPool's vector environment; raises UserError, for an unknown name with the nearest ones."""
     try:
         gym.spec(env_id)
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=3)
         raise UserError(f"unknown environment {env_id!r}" + (f"; did you mean {' or '.join(near)}?" if near else
                         f" ({error}); gymnasium.pprint_registry() lists the known ones.")) from None
+    if vector == "envpool":
+        return EnvPoolVectorEnv(env_id, num_envs, chunk)
+
+    def make():
+        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+        return ActionChunk(env, chunk) if chunk > 1 else env
+
+    kind = partial(LeanSyncVectorEnv, chunk=chunk) if vector == "sync" else gym.vector.AsyncVectorEnv
+    mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of HalfCheetah's XML, N times
+    try:
+        with warnings.catch_warnings(), signals(signal.SIG_IGN, signal.SIGINT):  # Ctrl-C is not for the workers
+            warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
+            return kind([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except UserError:
+        raise
+    except Exception as error:  # a missing package, a missing display, or a mistake in the environment's own code
+        raise UserError(f"cannot make {env_id}: {first_line(error)}") from error
+    finally:
+        mujoco.set_mju_user_warning(None)
 
 
 # ===== 6  Rollout and advantages ======================================================================================
@@ -742,43 +734,31 @@ class Rollout:
         self.action = new(dtype=torch.int64) if env.discrete else new(env.act_dim)
         self.latent, self.log_prob = new(policy.latent_steps, env.act_dim), new(len(policy.weight))
         self.reward, self.terminated, self.ended = new(env.chunk), new(), new()  # ended = terminated or truncated
+        self.so_far = torch.zeros(env.num_envs, 2, dtype=torch.float64)  # return and length of the running episodes
 
     @torch.no_grad()
     def collect(self, env: VectorEnv, agent: Agent, act, obs):
         """Fill the buffers from `obs` on; `act` is agent.act, perhaps compiled. Returns the next observation (N, S)."""
-        self.seconds_policy = self.seconds_simulation = 0.0
+        self.seconds_simulation = 0.0
         for t in range(len(self.obs)):
-            start = time.perf_counter()
             action, log_prob, latent = act(obs, *agent.policy.noise(env.num_envs, env.device))
             self.obs[t], self.action[t], self.log_prob[t], self.latent[t] = obs, action, log_prob, latent
-            acted = time.perf_counter()
+            start = time.perf_counter()
             obs, self.reward[t], terminated, truncated, self.final_obs[t] = env.step(self.action[t])
             self.terminated[t], self.ended[t] = terminated, terminated | truncated
-            self.seconds_policy += acted - start
-            self.seconds_simulation += time.perf_counter() - acted
+            self.seconds_simulation += time.perf_counter() - start
         return obs
 
-
-class Episodes:
-    """Returns and lengths of the episodes that end in each rollout, from the buffers' rewards and ends."""
-
-    def __init__(self, num_envs: int):
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs)
-
-    def take(self, reward, ended):
-        """reward (T, N, H), ended (T, N) -> list of (return, length) of the episodes that ended."""
-        finished = []
-        for r, end in zip(reward.cpu().numpy().astype(np.float64), ended.cpu().numpy().astype(bool)):
-            self.returns += np.nansum(r, -1)
-            self.lengths += np.isfinite(r).sum(-1)
-            if end.any():
-                finished += zip(self.returns[end].tolist(), self.lengths[end].tolist())
-                self.returns[end] = self.lengths[end] = 0
-        return finished
+    def finished(self):
+        """Return and length of each episode that ended in this rollout, (episodes, 2); to be called once a rollout."""
+        ended, reward = self.ended.cpu(), self.reward.cpu().double()
+        both = torch.stack([reward.nansum(-1), reward.isfinite().sum(-1)], -1)
+        sums, self.so_far = discounted_sums(both, ended[..., None], self.so_far, gamma=1.0)
+        return sums[ended == 1]
 
 
 def discounted_sums(reward, ended, carry, gamma: float):
-    """Running discounted sum of rewards (T, N) from `carry` (N,) on, as reward normalisation wants it."""
+    """Running discounted sum within each episode of rewards (T, N), from `carry` (N,) on; and the carry after it."""
     sums = torch.empty_like(reward)
     for t in range(len(reward)):
         sums[t] = carry = carry * gamma + reward[t]
@@ -831,10 +811,9 @@ def ppo_loss(agent: Agent, config: Config, obs, action, latent, old_log_prob, ol
 def update(agent: Agent, config: Config, optimizer, loss_function, batch: dict, demos=None, warmup=False) -> dict:
     """All epochs of PPO on a batch of flat tensors; returns diagnostics, averaged over the minibatches taken.
 
-    With `demos`, raw obs (n, S) and actions (n, A), the cloning loss regularises; with `warmup` the critic alone learns.
+    With `demos`, raw obs (n, S) and actions (n, A), the cloning loss is added; with `warmup` the critic alone learns.
     """
     size, total, taken = len(batch["obs"]), 0.0, 0
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(config.update_epochs):
         order = torch.randperm(size, device=batch["obs"].device)
         kl = 0.0
@@ -848,7 +827,7 @@ def update(agent: Agent, config: Config, optimizer, loss_function, batch: dict, 
             loss.backward()
             for p in agent.policy.parameters() if warmup else ():
                 p.grad = None
-            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            norm, *_ = [nn.utils.clip_grad_norm_(g["params"], config.max_grad_norm) for g in optimizer.param_groups]
             optimizer.step()
             total, taken, kl = total + torch.cat([diagnostics, norm[None]]), taken + 1, kl + diagnostics[3]
         if config.target_kl is not None and kl / (size // config.minibatch_size) > config.target_kl:
@@ -1022,6 +1001,12 @@ def collect(run: str | Path, steps: int, path: str, deterministic: bool = False,
 
 # ===== 9  Checkpoints, evaluation and curves ==========================================================================
 
+COLUMNS = ["update", "step", "seconds", "episodes", "return", "length", "approx_kl", "clip_fraction",
+           "explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm", "sigma", "chain_std",
+           "chain_gradient_ratio", "chain_clipped", "learning_rate",
+           "seconds_simulation", "seconds_policy", "seconds_update"]
+
+
 def write(path: Path, to) -> None:
     """Let to(file) write `path` atomically: a full disk or a kill in the middle leaves the old file as it was."""
     temporary = path.with_suffix(".tmp")
@@ -1045,10 +1030,7 @@ def load_config(run: Path) -> Config:
 
 
 def load_checkpoint(run: Path, agent: Agent, env: VectorEnv) -> dict:
-    """Put a run folder's weights and normalisers into `agent`; returns the rest, the state of Trainer.state_dict.
-
-    Raises UserError for a file that is missing, damaged, foreign, or of another task or architecture.
-    """
+    """Put a run folder's weights and normalisers into `agent`; returns the whole Trainer.state_dict it was saved as."""
     path = run / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"{run} has no checkpoint.pt: give a run folder whose training came to its first checkpoint.")
@@ -1067,16 +1049,16 @@ def load_checkpoint(run: Path, agent: Agent, env: VectorEnv) -> dict:
 def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, device: str = "auto") -> dict:
     """Play whole episodes of a saved run: `episodes` with the final Gaussian (or softmax), as many without it.
 
-    The normaliser is frozen, the chain keeps its noise, the seeds are not those of training, and each environment plays
-    exactly one episode, so that short ones are not over-represented. `video` names a .gif or .mp4 of the first episode
-    without noise. Returns {"with noise": {"return", "length": arrays}, "without noise": same, "ms per action": float}.
+    The normaliser is frozen, the chain keeps its noise, and each environment plays exactly one episode, so that short
+    ones are not over-represented. `video` names a .gif or .mp4 of the first episode without noise.
+    Returns {"with noise": {"return", "length": arrays}, "without noise": same, "ms per action": float}.
     """
-    run, config = Path(run), load_config(Path(run))
-    seed, frames, result = 1_000_003 + config.seed, [], {}  # apart from the seeds of training
+    config, frames, result = load_config(Path(run)), [], {}
+    seed = 1_000_003 + config.seed  # apart from the seeds of training
     env = VectorEnv(config.env, episodes, pick_device(device), chunk=config.action_chunk, render=video is not None)
     with keep_random_state(env.device):
         agent = Agent(config, *env.spaces).to(env.device)
-        load_checkpoint(run, agent, env)
+        load_checkpoint(Path(run), agent, env)
         for name in ("with noise", "without noise"):
             torch.manual_seed(seed)
             obs, alive = env.reset(seed), np.ones(episodes, bool)
@@ -1084,14 +1066,13 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
             while alive.any():
                 if video and name == "without noise" and alive[0] and lengths[0] % 2 == 0:  # every other step
                     frames.append(env.frame())
-                latent, noise = agent.policy.noise(episodes, env.device)
-                action = agent.act(obs, latent, noise if name == "with noise" else torch.zeros_like(noise))[0]
+                action = agent.policy.sample(agent.normalize(obs), deterministic=name == "without noise")[0]
                 obs, reward, terminated, truncated, _ = env.step(action)
                 returns += alive * reward.nansum(1).cpu().numpy()
                 lengths += alive * reward.isfinite().sum(1).cpu().numpy()
                 alive &= ~(terminated | truncated).cpu().numpy()
             result[name] = {"return": returns, "length": lengths}
-        one = lambda: agent.act(obs[:1], *agent.policy.noise(1, env.device))[0].cpu()
+        one = lambda: agent.policy.sample(agent.normalize(obs[:1]))[0].cpu()
         result["ms per action"] = 1000 * float(np.median(timeit.repeat(one, number=1, repeat=200)))
     env.close()
     if video:
@@ -1108,15 +1089,9 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
 def describe(result: dict) -> str:
     """An evaluation as text."""
     spread = lambda x: f"{x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
-    return "\n".join([f"{name:>13}: return {spread(result[name]['return'])}, length {spread(result[name]['length'])}"
-                      for name in ("with noise", "without noise")]
-                     + [f"   one action: {result['ms per action']:.2f} ms (batch 1)"])
-
-
-COLUMNS = ["update", "step", "seconds", "episodes", "return", "length", "approx_kl", "clip_fraction",
-           "explained_variance", "policy_loss", "value_loss", "entropy", "grad_norm", "sigma", "chain_std",
-           "chain_gradient_ratio", "chain_clipped", "learning_rate",
-           "seconds_simulation", "seconds_policy", "seconds_update"]
+    lines = [f"{way:>13}: " + ", ".join(f"{what} {spread(x)}" for what, x in result[way].items())
+             for way in ("with noise", "without noise")]
+    return "\n".join([*lines, f"   one action: {result['ms per action']:.2f} ms (batch 1)"])
 
 
 def open_metrics(run: Path, keep: int):
@@ -1129,9 +1104,9 @@ def open_metrics(run: Path, keep: int):
 
 def read_metrics(run: str | Path) -> dict[str, np.ndarray]:
     """metrics.csv of a run folder, one float array per column; an empty cell (no episode ended, no chain) is NaN."""
-    with open(Path(run) / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
+    names, *rows = (line.split(",") for line in (Path(run) / "metrics.csv").read_text().splitlines())
+    table = np.array([[float(cell or "nan") for cell in row] for row in rows]).reshape(len(rows), len(names))
+    return dict(zip(names, table.T))
 
 
 def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
@@ -1150,6 +1125,9 @@ def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
 
 # ===== 10  Training ===================================================================================================
 
+UNROLL = 10  # a longer chain is not compiled: as a whole it would take minutes, one step for all k gains nothing
+
+
 def pick_device(name: str) -> torch.device:
     """torch.device of auto, cpu, cuda, cuda:N or mps; raises UserError where it is not there."""
     if name == "auto":  # not mps: slower than the CPU for networks this small
@@ -1160,31 +1138,17 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try --device auto.") from None
 
 
-UNROLL = 10  # a longer chain is not compiled: as a whole it would take minutes, one step for all k gains nothing
-
-
 def compiler(config: Config, device: torch.device):
-    """torch.compile as a function of one function; where it fails, it steps aside for good, with one warning."""
+    """torch.compile as a function of one function; where it cannot work, the identity, after one warning."""
     torch.compiler.reset()  # or the runs of one process, say a notebook's, share one small cache
-    mode, works = "reduce-overhead" if device.type == "cuda" else "default", config.compile  # CUDA graphs
-
-    def compiled(function):
-        fast = None
-
-        def call(*args, **kwargs):
-            nonlocal fast, works
-            if works:
-                try:
-                    fast = fast or torch.compile(function, dynamic=False, mode=mode)
-                    return fast(*args, **kwargs)
-                except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:  # no C++ compiler, say
-                    works = False
-                    warnings.warn(f"going on more slowly, without torch.compile, which failed: {first_line(error)}")
-            return function(*args, **kwargs)
-
-        return call
-
-    return compiled
+    options = dict(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")  # CUDA graphs
+    try:
+        if config.compile and device.type != "mps":  # where it is a prototype
+            torch.compile(lambda x: x + 1, **options)(torch.zeros(1, device=device))
+            return partial(torch.compile, **options)
+    except Exception as error:  # no C++ compiler, say
+        warnings.warn(f"going on more slowly, without torch.compile, which failed: {first_line(error)}")
+    return lambda function: function
 
 
 def new_run_folder(config: Config) -> Path:
@@ -1211,14 +1175,17 @@ class Trainer:
         self.demos = load_demos(config.demos, self.env) if config.demos else None
         self.agent = Agent(config, *self.env.spaces).to(self.device)
         self.parameters = [p for p in self.agent.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=1e-5,
+        critic = list(self.agent.critic.parameters()) if config.critic_learning_rate else []
+        actor = [p for p in self.parameters if not any(p is other for other in critic)]
+        self.rates = [config.learning_rate, config.critic_learning_rate][:1 + bool(critic)]
+        self.optimizer = torch.optim.Adam([{"params": part} for part in (actor, critic) if part], eps=1e-5,
                                           fused=self.device.type != "mps")
         compiled, short = compiler(config, self.device), config.algo == "ppo" or config.denoising_steps <= UNROLL
         self.act = compiled(self.agent.act) if short else self.agent.act
         self.loss = lambda **batch: ppo_loss(self.agent, config, **batch)
         if short or config.algo == "dppo":  # DPPO's loss takes all steps at once
             self.loss = compiled(self.loss)
-        self.rollout, self.episodes = Rollout(config, self.env, self.agent), Episodes(config.num_envs)
+        self.rollout = Rollout(config, self.env, self.agent)
         self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
         self.batch_size = config.num_envs * config.num_steps * config.action_chunk  # in environment steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
@@ -1231,12 +1198,16 @@ class Trainer:
                 "random": torch.get_rng_state(), **({} if self.device.type == "cpu" else {
                     "random_" + self.device.type: getattr(torch, self.device.type).get_rng_state(self.device)})}
 
+    def save(self, run: Path) -> None:
+        write(run / "checkpoint.pt", lambda file: torch.save(self.state_dict(), file))
+
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
         self.require_same(run, SAME_RUN)
         state = load_checkpoint(run, self.agent, self.env)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.param_groups[0]["fused"] = self.device.type != "mps"  # the checkpoint may be another device's
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.device.type != "mps"  # the checkpoint may be another device's
         torch.set_rng_state(state["random"].cpu())
         if (there := state.get("random_" + self.device.type)) is not None:
             getattr(torch, self.device.type).set_rng_state(there.cpu(), self.device)
@@ -1271,12 +1242,10 @@ class Trainer:
     def iterate(self) -> dict:
         """One rollout and one update; returns the row of metrics.csv."""
         config, agent, rollout, start = self.config, self.agent, self.rollout, time.perf_counter()
-        learning_rate = config.learning_rate * (1 - self.done / self.updates if config.anneal_lr else 1)
-        self.optimizer.param_groups[0]["lr"] = learning_rate
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * (1 - self.done / self.updates if config.anneal_lr else 1)
         self.obs = rollout.collect(self.env, agent, self.act, self.obs)
-        finished = self.episodes.take(rollout.reward, rollout.ended)
-        collected = time.perf_counter()
-
+        finished, collected = rollout.finished(), time.perf_counter()
         with torch.no_grad():
             H, played = config.action_chunk, rollout.reward.isfinite().sum(-1)  # steps of each chunk
             obs, gamma = agent.normalize(rollout.obs), config.gamma ** H  # of a decision
@@ -1294,11 +1263,14 @@ class Trainer:
         batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, old_log_prob=rollout.log_prob,
                      old_value=value, advantage=advantage, target=target)
         batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
-        whole = rollout.reward[rollout.ended == 0].sum() + rollout.reward[..., 0].sum()  # no NaN has a place in these
-        self.require_finite("an observation, action, reward or value", whole, *(t.sum() for t in batch.values()))
         row = update(agent, config, self.optimizer, self.loss, batch, demos=self.demos if config.bc_coef else None,
                      warmup=self.done < config.critic_warmup)
-        self.require_finite("the loss or its gradient", *row.values())
+        whole = rollout.reward[rollout.ended == 0].sum() + rollout.reward[..., 0].sum()  # no NaN has a place in these
+        for what, numbers in {"an observation, action, reward or value": (whole, *(t.sum() for t in batch.values())),
+                              "the loss or its gradient": row.values()}.items():
+            if not all(math.isfinite(number) for number in numbers):
+                raise UserError(f"{what} became infinite or not a number in update {self.done + 1} (a lower "
+                                "--learning-rate may help)")
 
         few = {name: tensor[:128] for name, tensor in batch.items()}
         if config.algo == "ncdpo":
@@ -1308,29 +1280,23 @@ class Trainer:
             row["sigma"] = agent.policy.head.log_std.exp().mean().item()
             if config.algo != "ppo":
                 row["chain_std"] = chain_std(agent, few["obs"])
-        if finished:
-            row["return"], row["length"] = np.mean(finished, axis=0).tolist()
+        if len(finished):
+            row["return"], row["length"] = finished.mean(0).tolist()
         self.done += 1
         end = time.perf_counter()
         self.seconds += end - start
         return row | {
             "update": self.done, "step": self.done * self.batch_size, "seconds": self.seconds,
-            "episodes": len(finished), "learning_rate": learning_rate,
+            "episodes": len(finished), "learning_rate": self.optimizer.param_groups[0]["lr"],
             "explained_variance": (1 - (target - value).var() / target.var().clamp(min=1e-8)).item(),
-            "seconds_simulation": rollout.seconds_simulation, "seconds_policy": rollout.seconds_policy,
-            "seconds_update": end - collected}
-
-    def require_finite(self, what: str, *numbers) -> None:
-        if not all(math.isfinite(number) for number in numbers):
-            raise UserError(f"{what} became infinite or not a number in update {self.done + 1} (a lower "
-                            "--learning-rate may help)")
+            "seconds_simulation": rollout.seconds_simulation, "seconds_update": end - collected,
+            "seconds_policy": collected - start - rollout.seconds_simulation}
 
 
 def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndarray]:
     """Train, and return the history: one array per column of metrics.csv, one entry per update.
 
-    Writes a new run folder (see new_run_folder), or goes on in the folder `resume`: same weights, optimiser,
-    normalisers, random states and schedule, while the environments start new episodes. Raises UserError.
+    Writes a new run folder, or goes on in the folder `resume`, where only the episodes start anew. Raises UserError.
     """
     trainer = Trainer(config)
     if resume is not None:
@@ -1341,16 +1307,12 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     run = new_run_folder(config) if resume is None else Path(resume)
     write(run / "config.json", lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=2).encode()))
     chain = f" (K = {config.denoising_steps}, predict {config.predict})" if config.algo != "ppo" else ""
-    parameters = sum(p.numel() for p in trainer.parameters)
-    print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {parameters:,} parameters on {trainer.device}, "
-          f"{config.num_envs} environments ({config.vector}); writing {run}", flush=True)
-    file = open_metrics(run, trainer.done)
-    board = tensorboard and tensorboard.SummaryWriter(str(run), purge_step=trainer.done * trainer.batch_size)
-    size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, deque(maxlen=20)
+    weights = f"{sum(map(torch.numel, trainer.parameters)):,} parameters on {trainer.device}"
+    print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {weights}, {config.num_envs} environments "
+          f"({config.vector}); writing {run}", flush=True)
+    size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, []
     started, stop, reached, go_on = time.perf_counter(), [], False, f"python ncdpo.py --resume {run}"
-
-    def save():
-        write(run / "checkpoint.pt", lambda file: torch.save(trainer.state_dict(), file))
+    board = tensorboard.SummaryWriter(str(run), purge_step=first * size) if tensorboard else nullcontext()
 
     def handle(number, frame):  # finish the update, then save; a second signal interrupts at once
         if stop:
@@ -1359,19 +1321,20 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
 
     if config.demos and not config.init_from and resume is None:
         clone(trainer.agent, config, trainer.demos, run)
-    with (signals(handle, signal.SIGINT, signal.SIGTERM), tqdm(
-            total=trainer.updates * size, initial=first * size, unit=" steps", unit_scale=True, smoothing=0.05,
-            disable=not sys.stderr.isatty()) as bar):
+    with (signals(handle, signal.SIGINT, signal.SIGTERM), closing(trainer.env), board, open_metrics(run, first) as file,
+          tqdm(total=trainer.updates * size, initial=first * size, unit=" steps", unit_scale=True, smoothing=0.05,
+               disable=not sys.stderr.isatty()) as bar):
         try:
             while trainer.done < trainer.updates and not stop and not reached:
                 row = trainer.iterate()
                 cells = [row.get(name, "") for name in COLUMNS]
                 file.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in cells) + "\n")
-                for name, x in row.items() if board else ():
+                for name, x in row.items() if tensorboard else ():
                     board.add_scalar(name, x, row["step"])
-                recent.extend([row["return"]] if row["episodes"] else [])
-                shown = f"return {np.mean(recent):.1f}" if recent else "no episode has ended"
-                reached = recent and config.stop_at_return is not None and np.mean(recent) >= config.stop_at_return
+                recent += [row["return"]] * row["episodes"] if row["episodes"] else []
+                shown = f"return {np.mean(recent[-20:]):.1f}" if recent else "no episode has ended"
+                reached = None not in (recent or None, config.stop_at_return) and (
+                    np.mean(recent[-20:]) >= config.stop_at_return)
                 bar.set_postfix_str(shown, refresh=False)
                 bar.update(size)
                 twentieth = 20 * trainer.done // trainer.updates
@@ -1380,17 +1343,12 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
                     print(f"{row['step']:>13,} steps ({5 * twentieth}%), {shown}, {size / pace:,.0f} steps/s, "
                           f"{pace * (trainer.updates - trainer.done):.0f} s left", flush=True)
                 if trainer.done % config.checkpoint_every == 0:
-                    save()
+                    trainer.save(run)
                     saved = trainer.done
-            save()
+            trainer.save(run)
         except (UserError, OSError) as error:
             kept = f"the checkpoint of update {saved} is kept: {go_on}" if saved else "there is no checkpoint"
             raise UserError(f"{error}; {kept}.") from error
-        finally:
-            trainer.env.close()
-            file.close()
-            if board:
-                board.close()
     history, elapsed, steps = read_metrics(run), time.perf_counter() - started, (trainer.done - first) * size
     plot_curve(history, run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
     shares = {name: history["seconds_" + name][first:].sum() / elapsed for name in ("simulation", "policy", "update")}
