@@ -149,8 +149,8 @@ class Config:
 
     @classmethod
     def for_task(cls, env: str, **given) -> "Config":
-        """The defaults of a task: those of this class, then the preset of its family (PRESETS), then what is given."""
-        family = env.split("/")[-1].rsplit("-v", 1)[0]
+        """The defaults of a task: those of this class, then PRESETS of its family or of cloning, then what is given."""
+        family = "demonstrations" if given.get("demos") else env.split("/")[-1].rsplit("-v", 1)[0]
         return cls(**{"env": env, **PRESETS.get(family, {}), **given})
 
     def check(self) -> None:
@@ -185,6 +185,9 @@ SAME_POLICY = ("env", "denoising_steps", "predict", "hidden", "activation", "act
 SAME_RUN = SAME_POLICY + ("algo", "eta", "clip_denoised", "temperature", "min_std", "num_envs", "num_steps",
                           "finetune_steps", "scored_steps")  # what --resume must not change
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
+    "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.1, gamma=0.99,
+                           gae_lambda=0.95, num_steps=64, minibatch_size=256, learning_rate=3e-4,
+                           critic_learning_rate=1e-3, critic_warmup=4),  # whatever the task
     "Hopper": dict(init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95, minibatch_size=256, update_epochs=10),
     "Walker2d": dict(init_std=0.5, min_std=0.2, gamma=0.99, gae_lambda=0.95, minibatch_size=128, update_epochs=10,
                      learning_rate=3e-4, hidden=64, activation="tanh")}
