@@ -42,7 +42,7 @@ import timeit
 import typing
 import warnings
 import zipfile
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -877,10 +877,13 @@ def read_demos(source: str) -> dict[str, np.ndarray]:
     """
     if source.startswith("minari:"):
         minari, name = optional("minari", "--demos minari:..."), source.removeprefix("minari:")
+        known = minari.list_local_datasets()
         try:
-            episodes = list(minari.load_dataset(name, download=name not in minari.list_local_datasets()))
-        except Exception as error:
-            near = difflib.get_close_matches(name, minari.list_local_datasets(), n=3, cutoff=0.3)
+            episodes = list(minari.load_dataset(name, download=name not in known))
+        except Exception as error:  # no such name, no network, a damaged download
+            with suppress(Exception):
+                known |= minari.list_remote_datasets()
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`minari list remote` names them."
             raise UserError(f"Minari has no dataset {name!r} ({first_line(error)}); {hint}") from None
         return {key: np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes]) for key in D4RL_NAMES}
@@ -974,6 +977,8 @@ def collect(run: str | Path, steps: int, path: str, deterministic: bool = False,
     `deterministic` leaves out the final Gaussian's noise. Episodes cut off at the end count as truncated.
     """
     config = load_config(Path(run))
+    if Path(path).exists():
+        raise UserError(f"{path} exists; choose another name with --demos-out.")
     env = VectorEnv(config.env, config.num_envs, pick_device(device))  # single steps, also of a policy with chunks
     N, H = env.num_envs, config.action_chunk
     torch.manual_seed(seed := 2_000_003 + config.seed)  # apart from the seeds of training and evaluation
@@ -1175,7 +1180,7 @@ class Trainer:
         self.config, self.device = config, pick_device(config.device)
         torch.manual_seed(config.seed)
         self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector, config.action_chunk)
-        self.demos = load_demos(config.demos, self.env) if config.demos else None
+        self.demos = None  # of behaviour cloning
         self.agent = Agent(config, *self.env.spaces).to(self.device)
         self.parameters = [p for p in self.agent.parameters() if p.requires_grad]
         critic = list(self.agent.critic.parameters()) if config.critic_learning_rate else []
@@ -1302,6 +1307,8 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     Writes a new run folder, or goes on in the folder `resume`, where only the episodes start anew. Raises UserError.
     """
     trainer = Trainer(config)
+    if config.demos and (config.bc_coef or not resume):
+        trainer.demos = load_demos(config.demos, trainer.env)
     if resume is not None:
         trainer.resume(Path(resume))
     elif config.init_from:
@@ -1315,6 +1322,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
           f"({config.vector}); writing {run}", flush=True)
     size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, []
     started, stop, reached, go_on = time.perf_counter(), [], False, f"python ncdpo.py --resume {run}"
+    goal = math.inf if config.stop_at_return is None else config.stop_at_return
     board = tensorboard.SummaryWriter(str(run), purge_step=first * size) if tensorboard else nullcontext()
 
     def handle(number, frame):  # finish the update, then save; a second signal interrupts at once
@@ -1324,6 +1332,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
 
     if config.demos and not config.init_from and resume is None:
         clone(trainer.agent, config, trainer.demos, run)
+        trainer.save(run)
     with (signals(handle, signal.SIGINT, signal.SIGTERM), closing(trainer.env), board, open_metrics(run, first) as file,
           tqdm(total=trainer.updates * size, initial=first * size, unit=" steps", unit_scale=True, smoothing=0.05,
                disable=not sys.stderr.isatty()) as bar):
@@ -1336,8 +1345,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
                     board.add_scalar(name, x, row["step"])
                 recent += [row["return"]] * row["episodes"] if row["episodes"] else []
                 shown = f"return {np.mean(recent[-20:]):.1f}" if recent else "no episode has ended"
-                reached = None not in (recent or None, config.stop_at_return) and (
-                    np.mean(recent[-20:]) >= config.stop_at_return)
+                reached = bool(recent) and np.mean(recent[-20:]) >= goal
                 bar.set_postfix_str(shown, refresh=False)
                 bar.update(size)
                 twentieth = 20 * trainer.done // trainer.updates
@@ -1356,7 +1364,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     plot_curve(history, run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
     shares = {name: history["seconds_" + name][first:].sum() / elapsed for name in ("simulation", "policy", "update")}
     if reached:
-        print(f"reached the mean return of --stop-at-return {config.stop_at_return:g}", flush=True)
+        print(f"reached the mean return of --stop-at-return {goal:g}", flush=True)
     print(f"{steps:,} steps in {elapsed:.1f} s, {steps / elapsed:,.0f} steps/s ("
           + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + ")", flush=True)
     if stop:
@@ -1393,7 +1401,8 @@ def parse(arguments: list[str]) -> tuple[Config, CommandLine]:
     run = early.resume or early.evaluate or early.collect or early.init_from
     defaults = load_config(Path(run)) if run else Config.for_task(early.env or Config.env, demos=early.demos)
     if early.init_from:
-        defaults = dataclasses.replace(defaults, total_timesteps=Config.total_timesteps, demos=None)
+        fresh = dict(total_timesteps=Config.total_timesteps, demos=None, stop_at_return=None)
+        defaults = dataclasses.replace(defaults, **fresh)
     line = tyro.cli(CommandLine, args=arguments, default=CommandLine(**dataclasses.asdict(defaults)))
     return Config(**{name: getattr(line, name) for name in Config.__dataclass_fields__}), line
 

@@ -1023,6 +1023,7 @@ def test_demonstrations_are_read_from_minari(tmp_path, monkeypatch, capsys):
     for key, array in ncdpo.read_demos("minari:tiny/box-v0").items():
         np.testing.assert_allclose(array, demos[key], rtol=1e-6)
     monkeypatch.setattr(minari, "load_dataset", lambda name, download: 1 / 0)
+    monkeypatch.setattr(minari, "list_remote_datasets", lambda: 1 / 0)  # no network
     flags = arguments("TinyBox-v0", tmp_path / "runs", "--demos", "minari:tiny/boxx-v0")
     assert "did you mean tiny/box-v0" in complaint(capsys, *flags)
 
@@ -1070,7 +1071,8 @@ def test_damaged_demonstrations_are_told_in_one_line(tmp_path, capsys, damage, w
 
 def test_discrete_actions_are_neither_cloned_nor_chunked(tmp_path, capsys):
     path = saved(tmp_path / "d.npz", tiny_demos())
-    assert "Box actions only" in complaint(capsys, *arguments("CartPole-v1", tmp_path, "--demos", path))
+    flags = arguments("CartPole-v1", tmp_path, "--demos", path, "--action-chunk", "1")
+    assert "Box actions only" in complaint(capsys, *flags)
     assert "--action-chunk" in complaint(capsys, *arguments("CartPole-v1", tmp_path, "--action-chunk", "2"))
 
 
@@ -1143,7 +1145,8 @@ def test_cloning_regulariser_pulls_the_policy_towards_the_demonstrations(clone):
     run, path, given = clone
     losses = []
     for coefficient in (0.0, 100.0):
-        trainer = ncdpo.Trainer(config(demos=path, bc_coef=coefficient, norm_obs=False, learning_rate=1e-2, **given))
+        trainer = ncdpo.Trainer(config(bc_coef=coefficient, norm_obs=False, learning_rate=1e-2, **given))
+        trainer.demos = ncdpo.load_demos(path, trainer.env)
         trainer.iterate()
         torch.manual_seed(1)
         losses.append(trainer.agent.policy.bc_loss(*trainer.demos[:2]).item())
@@ -1171,6 +1174,7 @@ def test_collected_demonstrations_are_what_the_run_plays(clone, tmp_path, capsys
     np.testing.assert_allclose(demos["rewards"], played + obs[:, 0], rtol=1e-5)
     capsys.readouterr()
     ncdpo.load_demos(str(path), VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
+    assert "exists" in complaint(capsys, "--collect", clone[0], "--demos-out", path)
 
 
 def test_training_stops_at_the_return_it_was_asked_for(tmp_path, capsys):
