@@ -141,6 +141,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     vector: Literal["sync", "async", "envpool"] = "sync"  # Gymnasium's, or the package envpool
     compile: bool = True  # torch.compile of acting and of the loss (up to half a minute at the start)
+    compile_chain: int = 10  # a longer chain is not compiled: for K = 20 that takes 3 minutes, once, and gains a third
     checkpoint_chain: bool = False  # recompute the chain in the backward pass: less memory, slower
     runs: str = "runs"  # folder of the run folders
     checkpoint_every: int = 50  # updates between two checkpoints
@@ -1133,8 +1134,6 @@ def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
 
 # ===== 10  Training ===================================================================================================
 
-UNROLL = 10  # a longer chain is not compiled: as a whole it would take minutes, one step for all k gains nothing
-
 
 def pick_device(name: str) -> torch.device:
     """torch.device of auto, cpu, cuda, cuda:N or mps; raises UserError where it is not there."""
@@ -1188,7 +1187,7 @@ class Trainer:
         self.rates = [config.learning_rate, config.critic_learning_rate][:1 + bool(critic)]
         self.optimizer = torch.optim.Adam([{"params": part} for part in (actor, critic) if part], eps=1e-5,
                                           fused=self.device.type != "mps")
-        compiled, short = compiler(config, self.device), config.algo == "ppo" or config.denoising_steps <= UNROLL
+        compiled, short = compiler(config, self.device), config.algo == "ppo" or config.denoising_steps <= config.compile_chain
         self.act = compiled(self.agent.act) if short else self.agent.act
         self.loss = lambda **batch: ppo_loss(self.agent, config, **batch)
         if short or config.algo == "dppo":  # DPPO's loss takes all steps at once
