@@ -1134,7 +1134,6 @@ def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
 
 # ===== 10  Training ===================================================================================================
 
-
 def pick_device(name: str) -> torch.device:
     """torch.device of auto, cpu, cuda, cuda:N or mps; raises UserError where it is not there."""
     if name == "auto":  # not mps: slower than the CPU for networks this small
