@@ -2,6 +2,7 @@
 
     python notebooks/curves.py train HalfCheetah-v4 ncdpo   # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
     python notebooks/curves.py                              # all curves/*.csv -> the table (printed) and curves.png
+    python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv
 
 Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
 (environment steps at the row's end), seconds (of wall clock until then), episodes (that ended in the row), the means
@@ -55,7 +56,7 @@ def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
 def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], name: str) -> None:
     """Run the seeds, `jobs` at a time with one thread each, and write the CSV file; finished runs are not repeated.
 
-    Called again after an interruption it resumes the runs that have a checkpoint.
+    {seed} in a flag becomes the seed, so that every seed can start from its own clone. Called again after an interruption it resumes the runs that have a checkpoint.
     """
     runs = HERE.parent / "runs" / name
 
@@ -67,12 +68,14 @@ def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], na
                 if not (run / "checkpoint.pt").exists():
                     raise SystemExit(f"{run} is unfinished and has no checkpoint to resume from: remove it.")
                 task = ["--resume", str(run)]
+            task += [flag.replace("{seed}", str(seed)) for flag in flags]
             with open(log, "w") as file:
-                subprocess.run([sys.executable, str(HERE.parent / "ncdpo.py"), *task, *flags], check=True, stdout=file,
+                subprocess.run([sys.executable, str(HERE.parent / "ncdpo.py"), *task], check=True, stdout=file,
                                stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
         print(run, flush=True)
 
     runs.mkdir(parents=True, exist_ok=True)
+    (HERE / "curves" / name).parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, seeds))
     with open(HERE / "curves" / f"{name}.csv", "w", newline="") as file:
@@ -176,7 +179,7 @@ def band(axes, x, values, resamples: int = 2000, **style) -> None:
     axes.plot(x, interquartile_mean(values, 0), linewidth=1.8, **style)
 
 
-def figure(curves: dict[str, dict[str, dict]], against: str = "step"):
+def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str = "From scratch"):
     """One panel a task: the return of all algorithms against environment steps ("step") or wall clock ("seconds")."""
     from matplotlib.figure import Figure
 
@@ -189,7 +192,7 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step"):
         axes.set(title=env, xlabel=label)
         axes.grid(alpha=0.3)
     seeds = len(next(iter(next(iter(curves.values())).values()))["seed"])
-    picture.suptitle(f"From scratch: interquartile mean over {seeds} seeds and its 95% bootstrap interval", fontsize=10)
+    picture.suptitle(f"{title}: interquartile mean over {seeds} seeds and its 95% bootstrap interval", fontsize=10)
     picture.axes[0].set_ylabel("return of training episodes")
     picture.axes[0].legend(frameon=False)
     return picture
@@ -197,6 +200,7 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step"):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default=".", help="inside curves/")
     commands = parser.add_subparsers(dest="command")
     trainer = commands.add_parser("train", help="unknown flags go to ncdpo.py")
     trainer.add_argument("env")
@@ -208,10 +212,11 @@ def main() -> None:
     if line.command == "train":
         train(line.env, line.algo, line.seeds, line.jobs, flags, line.name or f"{line.env}__{line.algo}")
     else:
-        curves = load(HERE / "curves")
+        curves = load(HERE / "curves" / line.folder)
         print(table(curves))
         compared = {env: by_algo for env, by_algo in curves.items() if len(by_algo) > 1}
-        figure(compared).savefig(HERE / "curves" / "curves.png", dpi=130)
+        title = "Fine-tuning" if line.folder == "finetune" else "From scratch"
+        figure(compared, title=title).savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)
 
 
 if __name__ == "__main__":
