@@ -91,6 +91,7 @@ class Config:
     denoising_steps: int = 5  # K, from 1 to 100
     predict: Literal["sample", "epsilon", "v"] = "sample"  # what the network predicts (E2, E3)
     eta: float = 1.0  # noise of the reverse chain (E4): 1 is DDPM, 0 is DDIM
+    noise_scale: float = 1.0  # factor of all the chain's noise, x_K and sigma_k: below 1 actions are less diverse
     clip_denoised: float = 1.0  # the clean estimate is clipped to [-c, c] at each denoising step (E3)
     temperature: float = 0.1  # tau of the softmax over denoised logits (E8), for Discrete actions
     action_chunk: int = 1  # actions H that are denoised together and played in a row: one decision of PPO
@@ -183,8 +184,8 @@ LIMITS = dict(seed=POSITIVE, total_timesteps=POSITIVE, ent_coef=POSITIVE, vf_coe
               critic_warmup=POSITIVE, stop_at_return=(-math.inf, math.inf), minibatch_size=(2, math.inf),
               denoising_steps=(1, 100), eta=FRACTION, gamma=FRACTION, gae_lambda=FRACTION, gamma_denoising=FRACTION)
 SAME_POLICY = ("env", "denoising_steps", "predict", "hidden", "activation", "action_chunk")  # needed by --init-from
-SAME_RUN = SAME_POLICY + ("algo", "eta", "clip_denoised", "temperature", "min_std", "num_envs", "num_steps",
-                          "finetune_steps", "scored_steps")  # what --resume must not change
+SAME_RUN = SAME_POLICY + ("algo", "eta", "noise_scale", "clip_denoised", "temperature", "min_std", "num_envs",
+                          "num_steps", "finetune_steps", "scored_steps")  # what --resume must not change
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.1, gamma=0.99,
                            gae_lambda=0.95, num_steps=64, minibatch_size=256, learning_rate=3e-4,
@@ -202,9 +203,9 @@ class Schedule(nn.Module):
     `table[k]` broadcasts against (..., A). Float64 inside, stored in torch's default dtype.
     """
 
-    def __init__(self, steps: int, predict: str, eta: float, clip: float):
+    def __init__(self, steps: int, predict: str, eta: float, clip: float, noise_scale: float = 1.0):
         super().__init__()
-        self.clip = clip
+        self.clip, self.noise_scale = clip, noise_scale
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -217,7 +218,7 @@ class Schedule(nn.Module):
         out, skip = {"sample": (torch.ones_like(now), torch.zeros_like(now)),
                      "epsilon": (-torch.sqrt((1 - now) / now), 1 / torch.sqrt(now)),
                      "v": (-torch.sqrt(1 - now), torch.sqrt(now))}[predict]
-        tables = dict(abar=abar, sigma=sigma, from_output=out, from_noisy=skip,
+        tables = dict(abar=abar, sigma=noise_scale * sigma, from_output=out, from_noisy=skip,
                       to_clean=torch.sqrt(before) - on_eps * torch.sqrt(now), to_noisy=on_eps)
         for name, table in tables.items():
             table = table if name == "abar" else torch.cat([torch.zeros(1, dtype=torch.float64), table])
@@ -419,7 +420,7 @@ class DiffusionPolicy(Policy):
         super().__init__(act_dim, Categorical(config.temperature) if discrete else gaussian)
         self.K = self.latent_steps = config.denoising_steps
         self.predict, self.checkpoint_chain = config.predict, config.checkpoint_chain
-        self.schedule = Schedule(self.K, config.predict, config.eta, config.clip_denoised)
+        self.schedule = Schedule(self.K, config.predict, config.eta, config.clip_denoised, config.noise_scale)
         self.denoiser = Denoiser(obs_dim, act_dim, self.K, config.hidden, config.activation)
         self.tuned, self.frozen = config.finetune_steps or self.K, None
         if self.tuned < self.K:
@@ -449,7 +450,7 @@ class NCDPO(DiffusionPolicy):
     def chain(self, obs, omega, last: int = 0) -> list[torch.Tensor]:
         """Reverse chain x_K, ..., x_last, each (B, A) (E5). Nothing is detached: autograd through it is BPDT (E13)."""
         tuned, frozen = ((net, net and net.given(obs)) for net in (self.denoiser, self.frozen))
-        xs = [omega[:, 0]]
+        xs = [self.schedule.noise_scale * omega[:, 0]]
         for k in range(self.K, last, -1):
             denoiser, given = tuned if k <= self.tuned else frozen
             arguments = xs[-1], k, omega[:, self.K + 1 - k] if k > 1 else None, given, denoiser
@@ -1186,7 +1187,8 @@ class Trainer:
         self.rates = [config.learning_rate, config.critic_learning_rate][:1 + bool(critic)]
         self.optimizer = torch.optim.Adam([{"params": part} for part in (actor, critic) if part], eps=1e-5,
                                           fused=self.device.type != "mps")
-        compiled, short = compiler(config, self.device), config.algo == "ppo" or config.denoising_steps <= config.compile_chain
+        compiled = compiler(config, self.device)
+        short = config.algo == "ppo" or config.denoising_steps <= config.compile_chain
         self.act = compiled(self.agent.act) if short else self.agent.act
         self.loss = lambda **batch: ppo_loss(self.agent, config, **batch)
         if short or config.algo == "dppo":  # DPPO's loss takes all steps at once

@@ -300,6 +300,16 @@ def test_one_scored_step_is_ncdpo_with_or_without_its_gradient_through_the_chain
 
 
 @pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
+def test_noise_scale_is_a_factor_of_all_the_chains_noise(float64, algo):
+    given = dict(denoising_steps=4, min_std=1e-9, init_std=1e-9)
+    quiet, loud = make_policy(algo, noise_scale=0.3, **given), make_policy(algo, **given)
+    loud.load_state_dict(quiet.state_dict())
+    obs, noise = torch.randn(9, 3), torch.randn(9, 4, 2)
+    a, b = (policy.act(obs, latent, torch.zeros(9, 2))[0] for policy, latent in ((quiet, noise), (loud, 0.3 * noise)))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
 def test_frozen_steps_keep_the_network_they_began_with(tmp_path, algo):
     given = dict(env="TinyBox-v0", algo=algo, denoising_steps=4, hidden=8)
     ncdpo.train(config(runs=str(tmp_path), **given))
