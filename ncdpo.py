@@ -187,7 +187,7 @@ SAME_POLICY = ("env", "denoising_steps", "predict", "hidden", "activation", "act
 SAME_RUN = SAME_POLICY + ("algo", "eta", "noise_scale", "clip_denoised", "temperature", "min_std", "num_envs",
                           "num_steps", "finetune_steps", "scored_steps")  # what --resume must not change
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
-    "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.1, gamma=0.99,
+    "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.2, gamma=0.99,
                            gae_lambda=0.95, num_steps=64, minibatch_size=256, learning_rate=3e-4,
                            critic_learning_rate=1e-3, critic_warmup=4),  # whatever the task
     "Hopper": dict(init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95, minibatch_size=256, update_epochs=10),
