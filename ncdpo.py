@@ -186,7 +186,7 @@ LIMITS = dict(seed=NOT_NEGATIVE, total_timesteps=NOT_NEGATIVE, ent_coef=NOT_NEGA
               gamma_denoising=FRACTION)
 SAME_POLICY = ("env", "denoising_steps", "predict", "hidden", "activation", "action_chunk")  # needed by --init-from
 SAME_RUN = SAME_POLICY + ("algo", "eta", "noise_scale", "clip_denoised", "temperature", "min_std", "num_envs",
-                          "num_steps", "finetune_steps", "scored_steps", "critic_learning_rate")  # what --resume must not change
+                          "num_steps", "finetune_steps", "scored_steps", "critic_learning_rate")  # and by --resume
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.2, gamma=0.99,
                            gae_lambda=0.95, num_steps=64, minibatch_size=256, learning_rate=3e-4,
