@@ -56,7 +56,8 @@ def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
 def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], name: str) -> None:
     """Run the seeds, `jobs` at a time with one thread each, and write the CSV file; finished runs are not repeated.
 
-    {seed} in a flag becomes the seed, so that every seed can start from its own clone. Called again after an interruption it resumes the runs that have a checkpoint.
+    {seed} in a flag becomes the seed, so that every seed can start from its own clone. Called again after an
+    interruption it resumes the runs that have a checkpoint.
     """
     runs = HERE.parent / "runs" / name
 
