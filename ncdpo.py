@@ -15,6 +15,7 @@ two methods that it must be compared with: PPO with an MLP, and DPPO, which call
     python ncdpo.py --env HalfCheetah-v4 --algo ppo       # the same lines with an MLP policy (or --algo dppo)
     python ncdpo.py --evaluate runs/HalfCheetah-v4__ncdpo__1
     python ncdpo.py --resume runs/HalfCheetah-v4__ncdpo__1
+    python ncdpo.py --env Hopper-v4 --demos demos.npz     # clone demonstrations, then improve the clone
 
 Sections: 1 configuration, 2 noise schedule, 3 networks, 4 policies, 5 environments, 6 rollout and advantages, 7 PPO
 update, 8 demonstrations, 9 checkpoints, evaluation and curves, 10 training, 11 command line. NCDPO itself is sections
@@ -1380,7 +1381,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
 
 @dataclasses.dataclass
 class CommandLine(Config):
-    """NCDPO, PPO and DPPO in one file: trains a policy unless --evaluate is given."""
+    """NCDPO, PPO and DPPO in one file: trains a policy unless --evaluate or --collect is given."""
 
     resume: str | None = None  # go on with this run folder; its config.json gives the defaults of all other flags
     evaluate: str | None = None  # evaluate this run folder instead of training
