@@ -100,7 +100,7 @@ class Config:
     min_std: float = 0.1  # DPPO only: floor of each denoising step's standard deviation (E15)
     gamma_denoising: float = 0.99  # DPPO only: discount of the advantage per denoising step still to go (E15)
     scored_steps: int | None = None  # DPPO only: score the last m steps (E16), condition on the noise of the others
-    chain_gradient: bool = True  # DPPO only: let the gradient flow through the steps that are not scored (E16)
+    chain_gradient: bool = True  # DPPO only: gradient through the steps not scored (E16); --no-chain-gradient cuts it
     clip_coef_first: float | None = None  # DPPO only: clip_coef of the first scored step, rising to clip_coef's
 
     # --- demonstrations
@@ -169,6 +169,10 @@ class Config:
                 raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
         if not (self.scored_steps or 1) <= (self.finetune_steps or self.denoising_steps) <= self.denoising_steps:
             raise UserError("--scored-steps may not exceed --finetune-steps, nor that --denoising-steps.")
+        if self.scored_steps and self.algo != "dppo":
+            raise UserError("--scored-steps is for --algo dppo; ncdpo scores the last step only, ppo has no steps.")
+        if self.bc_coef and not self.demos:
+            raise UserError("--bc-coef needs demonstrations: name them with --demos.")
         batch = self.num_envs * self.num_steps
         rollout = f"the {batch} transitions of a rollout (--num-envs {self.num_envs} x --num-steps {self.num_steps})"
         if self.minibatch_size > batch:
@@ -410,7 +414,7 @@ class MLPPolicy(Policy):
         return self.net(obs)
 
     def bc_loss(self, obs, action):
-        """Behaviour cloning: mean squared error of the mean action."""
+        """Behaviour cloning: mean squared error of the mean action; obs (B, S), action (B, A)."""
         return F.mse_loss(self.net(obs), action)
 
 
@@ -991,9 +995,10 @@ def collect(run: str | Path, steps: int, path: str, deterministic: bool = False,
     obs, rows, used = env.reset(seed), [], torch.full((N,), H)
     plan = torch.zeros(N, H, dtype=torch.int64) if env.discrete else torch.zeros(N, H, env.act_dim)
     for _ in range(math.ceil(steps / N)):
-        latent, noise = agent.policy.noise(N, env.device)
-        new = agent.act(obs, latent, torch.zeros_like(noise) if deterministic else noise)[0].cpu().view(plan.shape)
-        plan[used == H], used[used == H] = new[used == H], 0
+        if (due := used == H).any():
+            latent, noise = agent.policy.noise(N, env.device)
+            new = agent.act(obs, latent, torch.zeros_like(noise) if deterministic else noise)[0].cpu().view(plan.shape)
+            plan[due], used[due] = new[due], 0
         action, used = plan[range(N), used], used + 1
         after, reward, terminated, truncated, _ = env.step(action)
         used[(terminated | truncated).cpu()] = H  # a new episode asks for a new chunk
@@ -1184,11 +1189,12 @@ class Trainer:
         self.demos = None  # of behaviour cloning
         self.agent = Agent(config, *self.env.spaces).to(self.device)
         self.parameters = [p for p in self.agent.parameters() if p.requires_grad]
-        critic = list(self.agent.critic.parameters()) if config.critic_learning_rate else []
-        actor = [p for p in self.parameters if not any(p is other for other in critic)]
-        self.rates = [config.learning_rate, config.critic_learning_rate][:1 + bool(critic)]
-        self.optimizer = torch.optim.Adam([{"params": part} for part in (actor, critic) if part], eps=1e-5,
-                                          fused=self.device.type != "mps")
+        groups, self.rates = [{"params": self.parameters}], [config.learning_rate]
+        if config.critic_learning_rate:  # a group of its own is also clipped by itself
+            groups = [{"params": [p for p in part.parameters() if p.requires_grad]}
+                      for part in (self.agent.policy, self.agent.critic)]
+            self.rates.append(config.critic_learning_rate)
+        self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=self.device.type != "mps")
         compiled = compiler(config, self.device)
         short = config.algo == "ppo" or config.denoising_steps <= config.compile_chain
         self.act = compiled(self.agent.act) if short else self.agent.act

@@ -1155,7 +1155,7 @@ def test_cloning_regulariser_pulls_the_policy_towards_the_demonstrations(clone):
     run, path, given = clone
     losses = []
     for coefficient in (0.0, 100.0):
-        trainer = ncdpo.Trainer(config(bc_coef=coefficient, norm_obs=False, learning_rate=1e-2, **given))
+        trainer = ncdpo.Trainer(config(demos=path, bc_coef=coefficient, norm_obs=False, learning_rate=1e-2, **given))
         trainer.demos = ncdpo.load_demos(path, trainer.env)
         trainer.iterate()
         torch.manual_seed(1)
@@ -1406,6 +1406,9 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--seed", "-1"], "--seed"),
     (["--episodes", "0"], "--episodes"),
     (["--target-kl", "nan"], "--target-kl"),
+    (["--bc-coef", "0.1"], "--demos"),
+    (["--scored-steps", "2"], "--algo dppo"),
+    (["--algo", "dppo", "--scored-steps", "6"], "--denoising-steps"),
     (["--num-envs", "2", "--num-steps", "1", "--minibatch-size", "1", "--total-timesteps", "2"], "--minibatch-size"),
     (["--device", "nonsense"], "--device"),
     pytest.param(["--device", "cuda"], "--device cuda", marks=no_cuda),
