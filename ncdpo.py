@@ -1008,12 +1008,14 @@ def collect(run: str | Path, steps: int, path: str, deterministic: bool = False,
         obs = after
     env.close()
     observations, actions, rewards, terminations, truncations = (np.stack(column, 1) for column in zip(*rows))
+    ended = torch.as_tensor(terminations | truncations).T
+    returns = discounted_sums(torch.as_tensor(rewards).T, ended.float(), torch.zeros(N), gamma=1.0)[0][ended]
     truncations[:, -1] |= ~terminations[:, -1]
     arrays = dict(zip(D4RL_NAMES, (observations, actions, rewards, terminations, truncations)))
     arrays = {key: array.reshape(-1, *array.shape[2:]) for key, array in arrays.items()}
     write(Path(path), lambda file: np.savez_compressed(file, **arrays))
-    ends = (arrays["terminations"] | arrays["truncations"]).sum()
-    print(f"{path}: {len(arrays['rewards']):,} steps, {ends} episodes", flush=True)
+    whole = f"{len(returns)} whole episodes" + (f" of mean return {returns.mean():.1f}" if len(returns) else "")
+    print(f"{path}: {len(arrays['rewards']):,} steps, {whole}, the others cut off at the end", flush=True)
 
 
 # ===== 9  Checkpoints, evaluation and curves ==========================================================================

@@ -1182,7 +1182,8 @@ def test_collected_demonstrations_are_what_the_run_plays(clone, tmp_path, capsys
     follows = ~ends[:-1]
     np.testing.assert_allclose(obs[1:, 2][follows], played[:-1][follows], rtol=1e-5)  # obs[2] is the last action's sum
     np.testing.assert_allclose(demos["rewards"], played + obs[:, 0], rtol=1e-5)
-    capsys.readouterr()
+    whole = demos["rewards"].reshape(2, 50)[:, :48].sum() / 12  # the last two steps of each environment are cut off
+    assert f"12 whole episodes of mean return {whole:.1f}" in capsys.readouterr().out
     ncdpo.load_demos(str(path), VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
     assert "exists" in complaint(capsys, "--collect", clone[0], "--demos-out", path)
 
