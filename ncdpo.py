@@ -97,7 +97,7 @@ class Config:
     temperature: float = 0.1  # tau of the softmax over denoised logits (E8), for Discrete actions
     action_chunk: int = 1  # actions H that are denoised together and played in a row: one decision of PPO
     finetune_steps: int | None = None  # only the last so many denoising steps learn; a frozen copy does the others
-    min_std: float = 0.1  # DPPO only: floor of each denoising step's standard deviation (E15)
+    min_std: float = 0.1  # DPPO only: floor of each scored step's standard deviation (E15)
     gamma_denoising: float = 0.99  # DPPO only: discount of the advantage per denoising step still to go (E15)
     scored_steps: int | None = None  # DPPO only: score the last m steps (E16), condition on the noise of the others
     chain_gradient: bool = True  # DPPO only: gradient through the steps not scored (E16); --no-chain-gradient cuts it
@@ -129,7 +129,7 @@ class Config:
     minibatch_size: int = 512  # transitions in a minibatch; a remainder smaller than that is left out of the epoch
     update_epochs: int = 5  # passes over each rollout
     clip_coef: float = 0.2  # clip of the likelihood ratio (E12)
-    mean_log_prob: bool = False  # average log-likelihoods over the action's coordinates instead of summing them
+    mean_log_prob: bool = False  # average log-likelihoods over a Box action's coordinates instead of summing them
     clip_vloss: bool = False  # clip the value's change by clip_coef as well
     norm_adv: bool = True  # normalise the advantages of each minibatch
     ent_coef: float = 0.0  # weight of the entropy bonus (no effect on DPPO's Box actions, whose sigma is fixed)
@@ -171,8 +171,8 @@ class Config:
             raise UserError("--scored-steps may not exceed --finetune-steps, nor that --denoising-steps.")
         if self.scored_steps and self.algo != "dppo":
             raise UserError("--scored-steps is for --algo dppo; ncdpo scores the last step only, ppo has no steps.")
-        if self.bc_coef and not self.demos:
-            raise UserError("--bc-coef needs demonstrations: name them with --demos.")
+        if bool(self.bc_coef) != bool(self.demos) and (self.init_from or not self.demos):
+            raise UserError("--bc-coef needs --demos, and --demos beside --init-from needs --bc-coef.")
         batch = self.num_envs * self.num_steps
         rollout = f"the {batch} transitions of a rollout (--num-envs {self.num_envs} x --num-steps {self.num_steps})"
         if self.minibatch_size > batch:
@@ -183,15 +183,12 @@ class Config:
                             f"each; make it at least {batch}.")
 
 
-FRACTION = (0, 1)
-NOT_NEGATIVE = (0, math.inf)
-LIMITS = dict(seed=NOT_NEGATIVE, total_timesteps=NOT_NEGATIVE, ent_coef=NOT_NEGATIVE, vf_coef=NOT_NEGATIVE,
-              bc_coef=NOT_NEGATIVE, critic_warmup=NOT_NEGATIVE, stop_at_return=(-math.inf, math.inf),
-              minibatch_size=(2, math.inf), denoising_steps=(1, 100), eta=FRACTION, gamma=FRACTION, gae_lambda=FRACTION,
-              gamma_denoising=FRACTION)
-SAME_POLICY = ("env", "denoising_steps", "predict", "hidden", "activation", "action_chunk")  # needed by --init-from
+LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
+          **dict.fromkeys("seed total_timesteps critic_warmup ent_coef vf_coef bc_coef".split(), (0, math.inf)),
+          **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
+SAME_POLICY = ("env", "denoising_steps", "predict", "hidden", "activation", "action_chunk", "norm_obs")  # --init-from
 SAME_RUN = SAME_POLICY + ("algo", "eta", "noise_scale", "clip_denoised", "temperature", "min_std", "num_envs",
-                          "num_steps", "finetune_steps", "scored_steps", "critic_learning_rate")  # and by --resume
+                          "num_steps", "finetune_steps", "scored_steps", "critic_learning_rate")  # --resume
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.2, gamma=0.99,
                            gae_lambda=0.95, num_steps=64, minibatch_size=256, learning_rate=3e-4,
@@ -527,8 +524,7 @@ class Agent(nn.Module):
 
     def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool):
         super().__init__()
-        policy = {"ncdpo": NCDPO, "ppo": MLPPolicy, "dppo": DPPO}[config.algo]
-        self.policy = policy(config, obs_dim, act_dim, discrete)
+        self.policy = {"ncdpo": NCDPO, "ppo": MLPPolicy, "dppo": DPPO}[config.algo](config, obs_dim, act_dim, discrete)
         self.critic = mlp(obs_dim, config.hidden, 1, config.activation, gain=1.0)
         self.obs_norm, self.reward_norm = Normalizer(obs_dim), Normalizer(1)
         self.norm_obs = config.norm_obs
@@ -612,8 +608,7 @@ class EnvPoolVectorEnv:
         obs, reward, terminated, truncated, _ = self.pool.step(action if self.chunk == 1 else action[:, 0])
         reward = np.pad(reward[:, None], [(0, 0), (0, self.chunk - 1)], constant_values=np.nan)
         for i in range(1, self.chunk):
-            go = np.flatnonzero(~(terminated | truncated)).astype(np.int32)
-            if len(go):
+            if len(go := np.flatnonzero(~(terminated | truncated)).astype(np.int32)):
                 obs[go], reward[go, i], terminated[go], truncated[go], _ = self.pool.step(action[go, i], go)
         ended, more = np.flatnonzero(terminated | truncated).astype(np.int32), {}
         if len(ended):
@@ -695,8 +690,7 @@ class VectorEnv:
 @contextmanager
 def signals(handler, *numbers):
     """Handle these signals by `handler` inside the block (only the main thread may, and needs to)."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers if main_thread}
+    before = {n: signal.signal(n, handler) for n in numbers if threading.current_thread() is threading.main_thread()}
     try:
         yield
     finally:
@@ -754,8 +748,8 @@ class Rollout:
         for t in range(len(self.obs)):
             action, log_prob, latent = act(obs, *agent.policy.noise(env.num_envs, env.device))
             self.obs[t], self.action[t], self.log_prob[t], self.latent[t] = obs, action, log_prob, latent
-            start = time.perf_counter()
-            obs, self.reward[t], terminated, truncated, self.final_obs[t] = env.step(self.action[t])
+            action, start = self.action[t].cpu(), time.perf_counter()  # an accelerator finishes `act` first
+            obs, self.reward[t], terminated, truncated, self.final_obs[t] = env.step(action)
             self.terminated[t], self.ended[t] = terminated, terminated | truncated
             self.seconds_simulation += time.perf_counter() - start
         return obs
@@ -797,10 +791,11 @@ def ppo_loss(agent: Agent, config: Config, obs, action, latent, old_log_prob, ol
     """PPO's loss on a minibatch (E11, E12), the same lines for all algorithms: one ratio for each of M decisions.
 
     obs (B, S) normalised, old_log_prob (B, M), the last three (B,). Returns the loss and a tensor of diagnostics:
-    policy loss, value loss, entropy, approximate KL (Schulman's k3 estimator, summed over M), clip fraction.
+    policy loss, value loss, entropy, approximate KL (Schulman's k3 estimator, summed over M; with mean_log_prob that of
+    the averaged log-likelihoods, which is far smaller), clip fraction.
     """
     log_prob, entropy = agent.policy.evaluate(obs, action, latent)
-    log_ratio = (log_prob - old_log_prob) / (agent.policy.act_dim if config.mean_log_prob else 1)
+    log_ratio = (log_prob - old_log_prob) / (action[0].numel() if config.mean_log_prob else 1)
     ratio, clip = log_ratio.exp(), config.clip_coef * agent.policy.clip_scale
     if config.norm_adv:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -840,7 +835,8 @@ def update(agent: Agent, config: Config, optimizer, loss_function, batch: dict, 
                 p.grad = None
             norm, *_ = [nn.utils.clip_grad_norm_(g["params"], config.max_grad_norm) for g in optimizer.param_groups]
             optimizer.step()
-            total, taken, kl = total + torch.cat([diagnostics, norm[None]]), taken + 1, kl + diagnostics[3]
+            diagnostics = torch.cat([diagnostics, norm.to(diagnostics)[None]])  # without gradients it is on the CPU
+            total, taken, kl = total + diagnostics, taken + 1, kl + diagnostics[3]
         if config.target_kl is not None and kl / (size // config.minibatch_size) > config.target_kl:
             break
     names = ["policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm"]
@@ -866,7 +862,7 @@ def keep_random_state(device: torch.device):
 
 @torch.no_grad()
 def chain_std(agent: Agent, obs) -> float:
-    """Standard deviation of the action over the chain's noise, the c of E17, from two draws at each obs (B, S)."""
+    """Standard deviation of the action over the chain's noise (NCDPO's c of E17), from two draws at each obs (B, S)."""
     with keep_random_state(obs.device):  # to measure must not change the run
         one, other = (agent.policy.sample(obs, deterministic=True)[0] for _ in range(2))
     return ((one - other).square().mean() / 2).sqrt().item()
@@ -929,7 +925,7 @@ def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor,
     end = (demos["terminations"] + demos["truncations"] > 0).squeeze(1)
     end[-1] = True
     episode = np.cumsum(end) - end  # the number of each row's episode
-    start = np.flatnonzero(episode[env.chunk - 1:] == episode[:n + 1 - env.chunk])
+    start = np.flatnonzero(episode[env.chunk - 1:] == episode[:max(0, n + 1 - env.chunk)])
     if not len(start) or not episode[start[0]] < episode[start[-1]]:
         raise UserError(f"{source} has fewer than two episodes of at least --action-chunk {env.chunk} steps; "
                         "record more.")
@@ -975,6 +971,8 @@ def clone(agent: Agent, config: Config, demos, run: Path) -> None:
             rows.append(f"{step},{total / every:.6g},{unseen_loss:.6g}")
             total = 0.0
     agent.policy.load_state_dict(average.module.state_dict())
+    if getattr(agent.policy, "frozen", None):
+        agent.policy.frozen.load_state_dict(agent.policy.denoiser.state_dict())
     write(run / "cloning.csv", lambda file: file.write("\n".join([*rows, ""]).encode()))
 
 
@@ -985,8 +983,10 @@ def collect(run: str | Path, steps: int, path: str, deterministic: bool = False,
     `deterministic` leaves out the final Gaussian's noise. Episodes cut off at the end count as truncated.
     """
     config = load_config(Path(run))
-    if Path(path).exists():
-        raise UserError(f"{path} exists; choose another name with --demos-out.")
+    if steps < 1:
+        raise UserError(f"--demo-steps must be 1 or more, not {steps}.")
+    if Path(path).exists() or not Path(path).parent.is_dir():
+        raise UserError(f"{path} exists, or its folder does not; choose another name with --demos-out.")
     env = VectorEnv(config.env, config.num_envs, pick_device(device))  # single steps, also of a policy with chunks
     N, H = env.num_envs, config.action_chunk
     torch.manual_seed(seed := 2_000_003 + config.seed)  # apart from the seeds of training and evaluation
@@ -996,13 +996,12 @@ def collect(run: str | Path, steps: int, path: str, deterministic: bool = False,
     plan = torch.zeros(N, H, dtype=torch.int64) if env.discrete else torch.zeros(N, H, env.act_dim)
     for _ in range(math.ceil(steps / N)):
         if (due := used == H).any():
-            latent, noise = agent.policy.noise(N, env.device)
-            new = agent.act(obs, latent, torch.zeros_like(noise) if deterministic else noise)[0].cpu().view(plan.shape)
+            new = agent.policy.sample(agent.normalize(obs), deterministic)[0].cpu().view(plan.shape)
             plan[due], used[due] = new[due], 0
         action, used = plan[range(N), used], used + 1
         after, reward, terminated, truncated, _ = env.step(action)
         used[(terminated | truncated).cpu()] = H  # a new episode asks for a new chunk
-        played = action.numpy() if env.discrete else env.center + env.scale * action.numpy().clip(-1, 1)
+        played = action.numpy() + env.start if env.discrete else env.center + env.scale * action.numpy().clip(-1, 1)
         outcome = (x.cpu().numpy() for x in (reward[:, 0], terminated, truncated))
         rows.append([obs.cpu().numpy(), played.astype(env.act_space.dtype), *outcome])
         obs = after
@@ -1037,7 +1036,7 @@ def write(path: Path, to) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({first_line(error)}); free some space first") from error
+        raise UserError(f"cannot write {path} ({first_line(error)}); check its folder and the free space") from error
 
 
 def load_config(run: Path) -> Config:
@@ -1073,8 +1072,8 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
     Returns {"with noise": {"return", "length": arrays}, "without noise": same, "ms per action": float}.
     """
     config, frames, result = load_config(Path(run)), [], {}
-    seed = 1_000_003 + config.seed  # apart from the seeds of training
-    env = VectorEnv(config.env, episodes, pick_device(device), chunk=config.action_chunk, render=video is not None)
+    seed, H = 1_000_003 + config.seed, config.action_chunk  # apart from the seeds of training
+    env = VectorEnv(config.env, episodes, pick_device(device), chunk=H, render=video is not None)
     with keep_random_state(env.device):
         agent = Agent(config, *env.spaces).to(env.device)
         load_checkpoint(Path(run), agent, env)
@@ -1083,7 +1082,7 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
             obs, alive = env.reset(seed), np.ones(episodes, bool)
             returns, lengths = np.zeros(episodes), np.zeros(episodes)
             while alive.any():
-                if video and name == "without noise" and alive[0] and lengths[0] % 2 == 0:  # every other step
+                if video and name == "without noise" and alive[0] and (H > 1 or lengths[0] % 2 == 0):  # other steps
                     frames.append(env.frame())
                 action = agent.policy.sample(agent.normalize(obs), deterministic=name == "without noise")[0]
                 obs, reward, terminated, truncated, _ = env.step(action)
@@ -1097,7 +1096,7 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
     if video:
         imageio = optional("imageio", "--video")  # comes with gymnasium[mujoco]
         try:
-            fps = env.envs.metadata.get("render_fps", 30) / 2
+            fps = env.envs.metadata.get("render_fps", 30) / max(2, H)
             imageio.mimsave(video, frames, **({"duration": 1000 / fps} if video.endswith(".gif") else {"fps": fps}))
         except (ValueError, ImportError, OSError) as error:
             raise UserError(f"cannot write {video} ({first_line(error)}); a name that ends in .gif always works, .mp4 "
@@ -1190,18 +1189,16 @@ class Trainer:
         self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector, config.action_chunk)
         self.demos = None  # of behaviour cloning
         self.agent = Agent(config, *self.env.spaces).to(self.device)
-        self.parameters = [p for p in self.agent.parameters() if p.requires_grad]
-        groups, self.rates = [{"params": self.parameters}], [config.learning_rate]
-        if config.critic_learning_rate:  # a group of its own is also clipped by itself
-            groups = [{"params": [p for p in part.parameters() if p.requires_grad]}
-                      for part in (self.agent.policy, self.agent.critic)]
-            self.rates.append(config.critic_learning_rate)
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=self.device.type != "mps")
+        parts = [self.agent.policy, self.agent.critic] if config.critic_learning_rate else [self.agent]
+        groups = [[p for p in part.parameters() if p.requires_grad] for part in parts]  # each is clipped by itself
+        self.parameters, self.rates = sum(groups, []), [config.learning_rate, config.critic_learning_rate]
+        self.optimizer = torch.optim.Adam([{"params": group} for group in groups], eps=1e-5,
+                                          fused=self.device.type != "mps")
         compiled = compiler(config, self.device)
-        short = config.algo == "ppo" or config.denoising_steps <= config.compile_chain
+        short = config.algo == "ppo" or config.denoising_steps <= config.compile_chain  # DPPO's loss unrolls K - M
         self.act = compiled(self.agent.act) if short else self.agent.act
         self.loss = lambda **batch: ppo_loss(self.agent, config, **batch)
-        if short or config.algo == "dppo":  # DPPO's loss takes all steps at once
+        if short or config.algo == "dppo" and config.denoising_steps - self.agent.policy.M <= config.compile_chain:
             self.loss = compiled(self.loss)
         self.rollout = Rollout(config, self.env, self.agent)
         self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
@@ -1240,10 +1237,12 @@ class Trainer:
         before = self.require_same(run, SAME_POLICY)
         if before.algo != self.config.algo and "ppo" in (before.algo, self.config.algo):
             raise UserError(f"{run} was trained by {before.algo}, whose network is not that of {self.config.algo}.")
+        if before.finetune_steps not in (None, self.config.finetune_steps):
+            raise UserError(f"{run} froze a part of its steps: repeat --finetune-steps {before.finetune_steps}.")
         source = Agent(before, *self.env.spaces).to(self.device)
         load_checkpoint(run, source, self.env)
         ours, theirs = self.agent.state_dict(), source.state_dict()
-        if (before.algo, before.init_std) != (self.config.algo, self.config.init_std):
+        if self.config.algo == "dppo" or (before.algo, before.init_std) != (self.config.algo, self.config.init_std):
             theirs = {name: tensor for name, tensor in theirs.items() if ".head." not in name}  # keep our sigma
         frozen = {name.replace(".denoiser.", ".frozen."): tensor for name, tensor in theirs.items()}
         self.agent.load_state_dict({name: (frozen | theirs).get(name, tensor) for name, tensor in ours.items()})
@@ -1330,6 +1329,9 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     weights = f"{sum(map(torch.numel, trainer.parameters)):,} parameters on {trainer.device}"
     print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {weights}, {config.num_envs} environments "
           f"({config.vector}); writing {run}", flush=True)
+    if config.demos and not config.init_from and resume is None:
+        clone(trainer.agent, config, trainer.demos, run)
+        trainer.save(run)
     size, first, saved, recent = trainer.batch_size, trainer.done, trainer.done, []
     started, stop, reached, go_on = time.perf_counter(), [], False, f"python ncdpo.py --resume {run}"
     goal = math.inf if config.stop_at_return is None else config.stop_at_return
@@ -1340,9 +1342,6 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
             raise KeyboardInterrupt
         stop.append(signal.Signals(number).name)
 
-    if config.demos and not config.init_from and resume is None:
-        clone(trainer.agent, config, trainer.demos, run)
-        trainer.save(run)
     with (signals(handle, signal.SIGINT, signal.SIGTERM), closing(trainer.env), board, open_metrics(run, first) as file,
           tqdm(total=trainer.updates * size, initial=first * size, unit=" steps", unit_scale=True, smoothing=0.05,
                disable=not sys.stderr.isatty()) as bar):
@@ -1368,7 +1367,8 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
                     saved = trainer.done
             trainer.save(run)
         except (UserError, OSError) as error:
-            kept = f"the checkpoint of update {saved} is kept: {go_on}" if saved else "there is no checkpoint"
+            there = (run / "checkpoint.pt").is_file()
+            kept = f"the checkpoint of update {saved} is kept: {go_on}" if there else "there is no checkpoint"
             raise UserError(f"{error}; {kept}.") from error
     history, elapsed, steps = read_metrics(run), time.perf_counter() - started, (trainer.done - first) * size
     plot_curve(history, run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
@@ -1406,22 +1406,26 @@ def parse(arguments: list[str]) -> tuple[Config, CommandLine]:
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--env", "--resume", "--evaluate", "--collect", "--init-from", "--demos"):
-        peek.add_argument(flag)
+        peek.add_argument(flag, "--" + flag[2:].replace("-", "_"))  # tyro takes both
     early, _ = peek.parse_known_args(arguments)
     run = early.resume or early.evaluate or early.collect or early.init_from
     defaults = load_config(Path(run)) if run else Config.for_task(early.env or Config.env, demos=early.demos)
     if early.init_from:
-        fresh = dict(total_timesteps=Config.total_timesteps, demos=None, stop_at_return=None)
-        defaults = dataclasses.replace(defaults, **fresh)
+        fresh = ("total_timesteps", "demos", "bc_coef", "stop_at_return", "runs")
+        defaults = dataclasses.replace(defaults, **{name: getattr(Config, name) for name in fresh})
     line = tyro.cli(CommandLine, args=arguments, default=CommandLine(**dataclasses.asdict(defaults)))
     return Config(**{name: getattr(line, name) for name in Config.__dataclass_fields__}), line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for a mistake told in one sentence, 130 for a second Ctrl-C."""
+    """Entry point; returns the exit code: 0, 2 for a mistake told in one sentence, 130 for an interruption."""
     try:
         config, line = parse(sys.argv[1:] if arguments is None else arguments)
         config.check()
+        run = line.collect or line.evaluate
+        for name, value in vars(load_config(Path(run))).items() if run else ():
+            if name not in ("episodes", "device") and value != getattr(config, name):
+                raise UserError(f"a saved run is played as it was trained: leave out --{name.replace('_', '-')}.")
         if line.collect:
             collect(line.collect, line.demo_steps, line.demos_out, line.deterministic, config.device)
         elif line.evaluate:

@@ -1165,10 +1165,37 @@ def test_cloning_regulariser_pulls_the_policy_towards_the_demonstrations(clone):
 
 @pytest.mark.parametrize("flags, words", [
     (["--action-chunk", "4"], "--action-chunk"), (["--predict", "v"], "--predict"),
-    (["--env", "TinyEnds-v0"], "--env"), (["--algo", "ppo"], "not that of ppo")])
+    (["--env", "TinyEnds-v0"], "--env"), (["--algo", "ppo"], "not that of ppo"), (["--no-norm-obs"], "--norm-obs"),
+    (["--demos", "mine.npz"], "--bc-coef"), (["--bc-coef", "1"], "--demos")])
 def test_a_run_that_cannot_start_from_the_clone_says_so(clone, tmp_path, capsys, flags, words):
     flags = ["--init-from", clone[0], "--runs", tmp_path, "--total-timesteps", "512", *flags]
     assert words in complaint(capsys, *flags) and not list(tmp_path.iterdir())
+
+
+def test_cloned_steps_that_will_be_frozen_are_cloned_too(clone, tmp_path, capsys):
+    _, path, given = clone
+    ncdpo.train(config(demos=path, total_timesteps=0, finetune_steps=2, runs=str(tmp_path), **given))
+    run, agent = tmp_path / "TinyBox-v0__ncdpo__1", checkpoint_of(tmp_path / "TinyBox-v0__ncdpo__1")["agent"]
+    assert all(torch.equal(tensor, agent[name.replace("denoiser", "frozen")])
+               for name, tensor in agent.items() if ".denoiser." in name)
+    flags = ["--init-from", run, "--total-timesteps", "512", "--finetune-steps"]
+    assert "--finetune-steps 2" in complaint(capsys, *flags, "1")  # its second network would be used for other steps
+
+
+def test_fine_tuning_again_keeps_the_floor_that_was_asked_for(tmp_path):
+    given = dict(env="TinyBox-v0", algo="dppo", denoising_steps=3)
+    ncdpo.train(config(min_std=0.1, runs=str(tmp_path), **given))
+    trainer = ncdpo.Trainer(config(min_std=0.4, **given))
+    trainer.init_from(tmp_path / "TinyBox-v0__dppo__1")
+    assert trainer.agent.policy.head.log_std.exp().tolist() == pytest.approx([0.4] * 2)
+
+
+def test_averaging_log_likelihoods_does_not_touch_a_single_choice():
+    batches = []
+    for mean in (False, True):
+        trainer = ncdpo.Trainer(config(mean_log_prob=mean))
+        batches.append(trainer.iterate())
+    assert batches[0]["policy_loss"] == batches[1]["policy_loss"] and batches[0]["approx_kl"] == batches[1]["approx_kl"]
 
 
 def test_collected_demonstrations_are_what_the_run_plays(clone, tmp_path, capsys):
@@ -1186,6 +1213,8 @@ def test_collected_demonstrations_are_what_the_run_plays(clone, tmp_path, capsys
     assert f"12 whole episodes of mean return {whole:.1f}" in capsys.readouterr().out
     ncdpo.load_demos(str(path), VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
     assert "exists" in complaint(capsys, "--collect", clone[0], "--demos-out", path)
+    assert "folder" in complaint(capsys, "--collect", clone[0], "--demos-out", tmp_path / "none" / "own.npz")
+    assert "--demo-steps" in complaint(capsys, "--collect", clone[0], "--demo-steps", "0", "--demos-out", tmp_path / "x")
 
 
 def test_training_stops_at_the_return_it_was_asked_for(tmp_path, capsys):
@@ -1462,8 +1491,9 @@ def test_resume_of_a_finished_run_says_so(run, capsys):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("flags", [["--episodes", "0"], ["--episodes", "-3"], ["--device", "nonsense"]])
-def test_evaluation_refuses_bad_numbers(run, capsys, flags):
+@pytest.mark.parametrize("flags", [["--episodes", "0"], ["--episodes", "-3"], ["--device", "nonsense"],
+                                   ["--eta", "0.5"]])
+def test_evaluation_refuses_bad_numbers_and_what_it_would_ignore(run, capsys, flags):
     assert flags[0] in complaint(capsys, "--evaluate", run, *flags)
 
 
