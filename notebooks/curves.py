@@ -31,8 +31,10 @@ DIAGNOSTICS = ["approx_kl", "clip_fraction", "explained_variance", "entropy", "s
                "chain_gradient_ratio", "chain_clipped"]
 COLUMNS = ["seed", "step", "seconds", "episodes", "return", "length", *DIAGNOSTICS]
 ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
+LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter"}  # of table and figure
 STYLES = {"ncdpo": dict(color="#c1272d", linestyle="-"), "ppo": dict(color="#0000a7", linestyle="--"),
-          "dppo": dict(color="#777777", linestyle=":")}
+          "dppo": dict(color="#777777", linestyle=":"), "ncdpo-quiet": dict(color="#e28413", linestyle="-."),
+          "dppo-quiet": dict(color="#008176", linestyle=(0, (1, 1)))}
 
 
 def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
@@ -146,11 +148,11 @@ def ratio(ours, theirs) -> tuple[float, float, float]:
 
 
 def load(folder: Path) -> dict[str, dict[str, dict]]:
-    """curves[env][algo] of the files <env>__<algo>.csv."""
+    """curves[env][line] of the files <env>__<line>.csv whose line is one of LINES."""
     curves: dict[str, dict[str, dict]] = {}
     for path in sorted(folder.glob("*__*.csv")):
         env, _, algo = path.stem.partition("__")
-        if algo in ALGORITHMS:
+        if algo in LINES:
             curves.setdefault(env, {})[algo] = read(path)
     return curves
 
@@ -160,7 +162,7 @@ def table(curves: dict[str, dict[str, dict]]) -> str:
     lines = ["| task | algorithm | seeds | final return | area under the curve | NCDPO's final / this "
              "| NCDPO's area / this | minutes a run |", "|---|---|---|---|---|---|---|---|"]
     for env, by_algo in curves.items():
-        for algo in (a for a in ALGORITHMS if a in by_algo):
+        for algo in (a for a in LINES if a in by_algo):
             curve, cells = by_algo[algo], []
             for measure in (final, area):
                 low, high = interval(bootstrap(measure(curve)))
@@ -169,7 +171,7 @@ def table(curves: dict[str, dict[str, dict]]) -> str:
                 cells.append("" if algo == "ncdpo" or "ncdpo" not in by_algo else
                              "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(measure(by_algo["ncdpo"]), measure(curve))))
             minutes = np.median(curve["seconds"][:, -1]) / 60
-            lines.append(f"| {env} | {ALGORITHMS[algo]} | {len(curve['seed'])} | {' | '.join(cells)} | {minutes:.1f} |")
+            lines.append(f"| {env} | {LINES[algo]} | {len(curve['seed'])} | {' | '.join(cells)} | {minutes:.1f} |")
     return "\n".join(lines)
 
 
@@ -187,12 +189,13 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str
     unit, label = {"step": (1e6, "million environment steps"), "seconds": (60, "minutes of wall clock")}[against]
     picture = Figure(figsize=(3.6 * len(curves), 3.1), layout="constrained")
     for axes, (env, by_algo) in zip(picture.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-        for algo in (a for a in ALGORITHMS if a in by_algo):
+        for algo in (a for a in LINES if a in by_algo):
             curve = by_algo[algo]
-            band(axes, np.median(curve[against], 0) / unit, returns(curve), label=ALGORITHMS[algo], **STYLES[algo])
+            band(axes, np.median(curve[against], 0) / unit, returns(curve), label=LINES[algo], **STYLES[algo])
         axes.set(title=env, xlabel=label)
         axes.grid(alpha=0.3)
-    seeds = len(next(iter(next(iter(curves.values())).values()))["seed"])
+    seeds = sorted({len(curve["seed"]) for by_algo in curves.values() for curve in by_algo.values()})
+    seeds = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
     picture.suptitle(f"{title}: interquartile mean over {seeds} seeds and its 95% bootstrap interval", fontsize=10)
     picture.axes[0].set_ylabel("return of training episodes")
     picture.axes[0].legend(frameon=False)
