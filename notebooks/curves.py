@@ -198,7 +198,8 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str
     seeds = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
     picture.suptitle(f"{title}: interquartile mean over {seeds} seeds and its 95% bootstrap interval", fontsize=10)
     picture.axes[0].set_ylabel("return of training episodes")
-    picture.axes[0].legend(frameon=False)
+    handles = {label: line for axes in picture.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     return picture
 
 
