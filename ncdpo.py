@@ -186,9 +186,10 @@ class Config:
 LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
           **dict.fromkeys("seed total_timesteps critic_warmup ent_coef vf_coef bc_coef".split(), (0, math.inf)),
           **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
-SAME_POLICY = ("env", "denoising_steps", "predict", "hidden", "activation", "action_chunk", "norm_obs")  # --init-from
+# What a run must share with the one that --init-from names, and with the one that --resume names
+SAME_POLICY = ("env", "denoising_steps", "predict", "hidden", "activation", "action_chunk", "norm_obs")
 SAME_RUN = SAME_POLICY + ("algo", "eta", "noise_scale", "clip_denoised", "temperature", "min_std", "num_envs",
-                          "num_steps", "finetune_steps", "scored_steps", "critic_learning_rate")  # --resume
+                          "num_steps", "finetune_steps", "scored_steps", "critic_learning_rate")
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.2, gamma=0.99,
                            gae_lambda=0.95, num_steps=64, minibatch_size=256, learning_rate=3e-4,
@@ -835,7 +836,7 @@ def update(agent: Agent, config: Config, optimizer, loss_function, batch: dict, 
                 p.grad = None
             norm, *_ = [nn.utils.clip_grad_norm_(g["params"], config.max_grad_norm) for g in optimizer.param_groups]
             optimizer.step()
-            diagnostics = torch.cat([diagnostics, norm.to(diagnostics)[None]])  # without gradients it is on the CPU
+            diagnostics = torch.cat([diagnostics, norm.to(diagnostics)[None]])  # on the CPU if no gradients
             total, taken, kl = total + diagnostics, taken + 1, kl + diagnostics[3]
         if config.target_kl is not None and kl / (size // config.minibatch_size) > config.target_kl:
             break
@@ -1082,7 +1083,7 @@ def evaluate(run: str | Path, episodes: int = 10, video: str | None = None, devi
             obs, alive = env.reset(seed), np.ones(episodes, bool)
             returns, lengths = np.zeros(episodes), np.zeros(episodes)
             while alive.any():
-                if video and name == "without noise" and alive[0] and (H > 1 or lengths[0] % 2 == 0):  # other steps
+                if video and name == "without noise" and alive[0] and (H > 1 or lengths[0] % 2 == 0):
                     frames.append(env.frame())
                 action = agent.policy.sample(agent.normalize(obs), deterministic=name == "without noise")[0]
                 obs, reward, terminated, truncated, _ = env.step(action)
@@ -1190,15 +1191,16 @@ class Trainer:
         self.demos = None  # of behaviour cloning
         self.agent = Agent(config, *self.env.spaces).to(self.device)
         parts = [self.agent.policy, self.agent.critic] if config.critic_learning_rate else [self.agent]
-        groups = [[p for p in part.parameters() if p.requires_grad] for part in parts]  # each is clipped by itself
+        groups = [[p for p in part.parameters() if p.requires_grad] for part in parts]  # `update` clips each by itself
         self.parameters, self.rates = sum(groups, []), [config.learning_rate, config.critic_learning_rate]
         self.optimizer = torch.optim.Adam([{"params": group} for group in groups], eps=1e-5,
                                           fused=self.device.type != "mps")
         compiled = compiler(config, self.device)
-        short = config.algo == "ppo" or config.denoising_steps <= config.compile_chain  # DPPO's loss unrolls K - M
+        short = config.algo == "ppo" or config.denoising_steps <= config.compile_chain
         self.act = compiled(self.agent.act) if short else self.agent.act
         self.loss = lambda **batch: ppo_loss(self.agent, config, **batch)
         if short or config.algo == "dppo" and config.denoising_steps - self.agent.policy.M <= config.compile_chain:
+            # DPPO's loss takes its M scored steps at once: only the others are a chain
             self.loss = compiled(self.loss)
         self.rollout = Rollout(config, self.env, self.agent)
         self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
