@@ -261,32 +261,22 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: str, gain: float) ->
 
 
 class Denoiser(nn.Module):
-    """net(x_k, k, s): an MLP of [x_k, s, embedding of k] with two hidden layers.
+    """net(x_k, k, s): an MLP of [x_k, s, embedding of k].
 
-    The first layer is a sum of three products; those of s and of k do not depend on x_k, so `given` computes them once
-    for a whole chain and `forward` adds them. At initialisation the output is nearly zero: an untrained "sample" chain
-    then proposes nearly the zero action, like an untrained MLP.
+    At initialisation its output is nearly zero: an untrained "sample" chain then proposes nearly the zero action, like
+    an untrained MLP.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, steps: int, hidden: int, activation: str, embedding: int = 16):
         super().__init__()
-        self.split = [act_dim, obs_dim, embedding]
-        self.first = linear(sum(self.split), hidden)
-        self.activation = ACTIVATIONS[activation]()
-        self.rest = nn.Sequential(linear(hidden, hidden), ACTIVATIONS[activation](), linear(hidden, act_dim, 0.01))
+        self.net = mlp(act_dim + obs_dim + embedding, hidden, act_dim, activation, gain=0.01)
         freq = torch.exp(-math.log(1000) * torch.arange(embedding // 2) / (embedding // 2))
         angle = torch.arange(steps + 1)[:, None] * freq
         self.register_buffer("embedding", torch.cat([angle.sin(), angle.cos()], -1), persistent=False)
 
-    def given(self, obs):
-        """What a chain computes once: the first layer's part of s, (B, hidden), and of every k, (K + 1, hidden)."""
-        _, of_obs, of_k = self.first.weight.split(self.split, dim=1)
-        return F.linear(obs, of_obs, self.first.bias), F.linear(self.embedding, of_k)
-
-    def forward(self, x, k, of_obs, of_k):
-        """Network output (..., A) at x_k (..., A); k an int, or a LongTensor that broadcasts with x's leading axes."""
-        of_x = self.first.weight[:, :self.split[0]]
-        return self.rest(self.activation(F.linear(x, of_x) + of_obs + of_k[k]))
+    def forward(self, x, k, obs):
+        """Network output (..., A) at x_k (..., A) and s (..., S); k an int, or a LongTensor of x's leading axes."""
+        return self.net(torch.cat([x, obs, self.embedding[k].expand(*x.shape[:-1], -1)], -1))
 
 
 class Normalizer(nn.Module):
@@ -430,9 +420,9 @@ class DiffusionPolicy(Policy):
         if self.tuned < self.K:
             self.frozen = copy.deepcopy(self.denoiser).requires_grad_(False)  # for the steps k > tuned
 
-    def mu(self, x, k, given, denoiser=None):
+    def mu(self, x, k, obs, denoiser=None):
         """Mean of x_{k-1} given x_k and s (E3, E4); shapes as in Denoiser.forward."""
-        return self.schedule.mu(self.schedule.clean((denoiser or self.denoiser)(x, k, *given), x, k), x, k)
+        return self.schedule.mu(self.schedule.clean((denoiser or self.denoiser)(x, k, obs), x, k), x, k)
 
     def bc_loss(self, obs, action):
         """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random k."""
@@ -441,7 +431,7 @@ class DiffusionPolicy(Policy):
         abar = self.schedule.abar[k]
         target = {"epsilon": eps, "sample": action,
                   "v": torch.sqrt(abar) * eps - torch.sqrt(1 - abar) * action}[self.predict]
-        return F.mse_loss(self.denoiser(self.schedule.diffuse(action, k, eps), k, *self.denoiser.given(obs)), target)
+        return F.mse_loss(self.denoiser(self.schedule.diffuse(action, k, eps), k, obs), target)
 
 
 class NCDPO(DiffusionPolicy):
@@ -453,20 +443,19 @@ class NCDPO(DiffusionPolicy):
 
     def chain(self, obs, omega, last: int = 0) -> list[torch.Tensor]:
         """Reverse chain x_K, ..., x_last, each (B, A) (E5). Nothing is detached: autograd through it is BPDT (E13)."""
-        tuned, frozen = ((net, net and net.given(obs)) for net in (self.denoiser, self.frozen))
         xs = [self.schedule.noise_scale * omega[:, 0]]
         for k in range(self.K, last, -1):
-            denoiser, given = tuned if k <= self.tuned else frozen
-            arguments = xs[-1], k, omega[:, self.K + 1 - k] if k > 1 else None, given, denoiser
+            denoiser = self.denoiser if k <= self.tuned else self.frozen
+            arguments = xs[-1], k, omega[:, self.K + 1 - k] if k > 1 else None, obs, denoiser
             if self.checkpoint_chain and torch.is_grad_enabled():
                 xs.append(checkpoint(self.step, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
                 xs.append(self.step(*arguments))
         return xs
 
-    def step(self, x, k, z, given, denoiser=None):
+    def step(self, x, k, z, obs, denoiser=None):
         """Reverse step (E5): x_{k-1} = mu_k(x_k, s) + sigma_k z_k, (B, A); sigma_1 = 0, so the last step has no z."""
-        mu = self.mu(x, k, given, denoiser)
+        mu = self.mu(x, k, obs, denoiser)
         return mu if z is None else mu + self.schedule.sigma[k] * z
 
 
@@ -496,14 +485,14 @@ class DPPO(NCDPO):
         return (-0.5 * z**2 - torch.log(self.std[k]) - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def act(self, obs, latent, noise):  # latent in: the chain's noise; latent out: the scored steps as they came out
-        given, x = self.denoiser.given(obs), self.chain(obs, latent, last=self.M)[-1]
+        x = self.chain(obs, latent, last=self.M)[-1]
         scored, log_prob = [], []
         for k in range(self.M, 1, -1):
-            mu = self.mu(x, k, given)
+            mu = self.mu(x, k, obs)
             x = mu + self.std[k] * latent[:, self.K + 1 - k]
             log_prob.append(self.step_log_prob(x, mu, k))
             scored.append(x)
-        mean = self.mu(x, 1, given)
+        mean = self.mu(x, 1, obs)
         action = self.head.sample(mean, noise)
         log_prob.append(self.head.log_prob(mean, action))
         latent = torch.cat([latent[:, :self.K + 1 - self.M], *(x[:, None] for x in scored)], 1)
@@ -513,9 +502,8 @@ class DPPO(NCDPO):
         omega, scored = latent.split([self.K + 1 - self.M, self.M - 1], 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.chain_gradient):
             x = self.chain(obs, omega, last=self.M)[-1]
-        of_obs, of_k = self.denoiser.given(obs)
         xs = torch.cat([x[:, None], scored], 1)  # x_M, ..., x_1
-        mu = self.mu(xs, self.ks, (of_obs[:, None], of_k))  # (B, M, A), all steps at once
+        mu = self.mu(xs, self.ks, obs[:, None].expand(-1, self.M, -1))  # (B, M, A), all steps at once
         last = self.head.log_prob(mu[:, -1], action)[:, None]
         return torch.cat([self.step_log_prob(scored, mu[:, :-1], self.ks[:-1]), last], 1), self.head.entropy(mu[:, -1])
 
@@ -745,14 +733,17 @@ class Rollout:
     @torch.no_grad()
     def collect(self, env: VectorEnv, agent: Agent, act, obs):
         """Fill the buffers from `obs` on; `act` is agent.act, perhaps compiled. Returns the next observation (N, S)."""
-        self.seconds_simulation = 0.0
+        self.seconds_simulation, shape = 0.0, self.obs.shape[:2]
+        noise = [x.unflatten(0, shape) for x in agent.policy.noise(shape.numel(), env.device)]  # of the whole rollout
         for t in range(len(self.obs)):
-            action, log_prob, latent = act(obs, *agent.policy.noise(env.num_envs, env.device))
-            self.obs[t], self.action[t], self.log_prob[t], self.latent[t] = obs, action, log_prob, latent
+            action, _, latent = act(obs, *(x[t] for x in noise))
+            self.obs[t], self.action[t], self.latent[t] = obs, action, latent
             action, start = self.action[t].cpu(), time.perf_counter()  # an accelerator finishes `act` first
             obs, self.reward[t], terminated, truncated, self.final_obs[t] = env.step(action)
             self.terminated[t], self.ended[t] = terminated, terminated | truncated
             self.seconds_simulation += time.perf_counter() - start
+        flat = (agent.normalize(self.obs).flatten(0, 1), self.action.flatten(0, 1), self.latent.flatten(0, 1))
+        self.log_prob = agent.policy.log_prob(*flat).unflatten(0, shape)
         return obs
 
     def finished(self):
