@@ -213,7 +213,7 @@ class Categorical(nn.Module):
 
 
 class NCDPO(nn.Module):
-    """Noise-conditioned diffusion policy: the denoising chain is the mean, its noise omega is part of the state (E6-E9).
+    """Noise-conditioned diffusion policy: the denoising chain is the mean, its noise part of the state (E6-E9).
 
     Observations are normalised, (B, S); actions (B, A) live in [-1, 1], or are indices (B,) with a Categorical head;
     omega is (B, K, A). Keep omega with the action: whoever scores the action again needs the same omega.
@@ -312,16 +312,16 @@ def clipped_objective(log_ratio, A, clip):
 
 
 def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, clip_coef: float = 0.2,
-             vf_coef: float = 0.5, ent_coef: float = 0.0, objective=clipped_objective):
+             vf_coef: float = 0.5, ent_coef: float = 0.0, objective=None):
     """PPO's loss on a minibatch and a dictionary of diagnostics.
 
-    obs (B, S) normalised; action and latent (NCDPO's omega) as policy.act gave them, log_prob their log-likelihood then;
-    advantage and target, the critic's, (B,).
+    obs (B, S) normalised; action and latent (NCDPO's omega) as policy.act gave them, log_prob their log-likelihood
+    then; advantage, and target for the critic, (B,). `objective` is the policy's own if it has one, else E12.
     """
     new_log_prob, entropy = policy.evaluate(obs, action, latent)
     log_ratio = new_log_prob - log_prob  # one for each decision (E11)
     A = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    gain, kl, clipped = objective(log_ratio, A, clip_coef)
+    gain, kl, clipped = (objective or getattr(policy, "objective", clipped_objective))(log_ratio, A, clip_coef)
     value_loss, entropy = 0.5 * (critic(obs).squeeze(-1) - target).square().mean(), entropy.mean()
     loss = -gain + vf_coef * value_loss - ent_coef * entropy
     return loss, {"policy_loss": -gain.detach(), "value_loss": value_loss.detach(), "entropy": entropy.detach(),
@@ -336,6 +336,7 @@ def ppo_update(loss_function, batch: dict, optimizer, epochs: int = 5, minibatch
     groups is scaled down to max_grad_norm. No epoch follows one whose approximate KL exceeded target_kl.
     """
     size, taken = len(batch["obs"]), []
+    minibatch_size = min(minibatch_size, size)
     per_epoch = size // minibatch_size  # a remainder smaller than a minibatch is left out
     for _ in range(epochs):
         order = torch.randperm(size, device=batch["obs"].device)
@@ -359,7 +360,7 @@ class MLPPolicy(NCDPO):
     """PPO's usual policy: pi(a | s) = N(a; mlp(s), sigma^2), or a softmax. NCDPO without a chain and its noise."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int, activation: str, head: nn.Module):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # what NCDPO's methods read, with a chain of no steps
         self.act_dim, self.K, self.noise_scale, self.head = act_dim, 0, 1.0, head
         self.net = mlp(obs_dim, hidden, act_dim, activation, gain=0.01)
 
@@ -376,13 +377,13 @@ class DPPO(NCDPO):
 
     Log-likelihoods are (B, M); no gradient need flow through the chain: `evaluate` scores all stored transitions in one
     parallel pass. The last step (k = 1) is the head's: a Gaussian of standard deviation min_std, or the softmax of E8.
-    With M < K scored steps (E16) the noise of the others is part of the state, as in NCDPO; what is kept of an action is
+    With M < K scored steps (E16) the noise of the others is part of the state, as in NCDPO; kept of an action is
     (x_K, z_K, ..., z_{M+1}; x_{M-1}, ..., x_1).
     """
 
     def __init__(self, *dims, scored_steps: int | None = None, chain_gradient: bool = True, min_std: float = 0.1,
                  gamma_denoising: float = 0.99, clip_rise: float = 1.0, **more):
-        super().__init__(*dims, **more)
+        super().__init__(*dims, **{"head": Gaussian(dims[1], min_std, fixed=True), **more})
         self.M, self.chain_gradient = scored_steps or self.K, chain_gradient
         steps_to_go, rise = torch.arange(self.M - 1, -1, -1), torch.linspace(0, 3, self.M)
         tables = dict(std=(self.noise_scale * self.schedule.sigma).clamp(min=min_std), ks=steps_to_go + 1,
@@ -428,6 +429,7 @@ class PartlyFrozen(nn.Module):
     def forward(self, x, k, obs):  # k is a tensor only where DPPO scores its steps, or where both are cloned
         return (self.frozen if isinstance(k, int) and k > self.tuned else self.denoiser)(x, k, obs)
 
+
 # ===== 6  Environments ================================================================================================
 
 class UserError(Exception):
@@ -437,6 +439,17 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The gist of somebody else's exception."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def signals(handler, *numbers):
+    """Handle these signals by `handler` inside the block (only the main thread may, and needs to)."""
+    before = {n: signal.signal(n, handler) for n in numbers if threading.current_thread() is threading.main_thread()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class VectorEnv:
@@ -457,8 +470,8 @@ class VectorEnv:
         box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded()
         if not isinstance(obs_space, gym.spaces.Box) or not (self.discrete and chunk == 1 or box):
             raise UserError(f"{env_id} has observations {obs_space} and actions {act_space}; only Box observations and "
-                            "only Discrete (without --action-chunk) and bounded one-dimensional Box actions are supported, "
-                            "so wrap the environment (gymnasium.wrappers.FlattenObservation, TransformAction).")
+                            "only Discrete (in no chunk) and bounded one-dimensional Box actions are supported: "
+                            "wrap the environment (gymnasium.wrappers.FlattenObservation, TransformAction).")
         if self.discrete:
             self.act_dim, self.start = int(act_space.n), int(act_space.start)
         else:
@@ -470,6 +483,8 @@ class VectorEnv:
         self.vector = "batched" if task else vector.replace("auto", "sync")
         self.envs = MujocoEnvs(task, num_envs, chunk) if task else GymnasiumEnvs(env_id, num_envs, self.vector, chunk)
         self.close = self.envs.close
+        if not task:
+            one.close()
 
     def reset(self, *seed: int):
         """First observations (N, S) of new episodes; every environment gets its own seed, derived from `seed`."""
@@ -498,12 +513,17 @@ def make_env(env_id: str, **more) -> gym.Env:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
-            if "gymnasium.envs.mujoco" in str(task.entry_point):
-                import mujoco
-                mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of their XML, N times
-            return gym.make(env_id, disable_env_checker=True, **more)
+            if not str(task.entry_point).startswith("gymnasium.envs.mujoco"):
+                return gym.make(env_id, disable_env_checker=True, **more)
+            import mujoco
+            mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of their XML, N times
+            try:
+                return gym.make(env_id, disable_env_checker=True, **more)
+            finally:
+                mujoco.set_mju_user_warning(None)
     except Exception as error:  # a missing package, a missing display, or a mistake in the environment's own code
-        raise UserError(f"cannot make {env_id}: {first_line(error)}") from error
+        opengl = " (unset MUJOCO_GL, or set it to egl or osmesa)" if "MUJOCO_GL" in os.environ else ""
+        raise UserError(f"cannot make {env_id}: {first_line(error)}{opengl}") from error
 
 
 class ActionChunk(gym.Wrapper):
@@ -553,17 +573,6 @@ class GymnasiumEnvs:
         return torch.as_tensor(array.reshape(self.shape), dtype=torch.float32)
 
 
-@contextmanager
-def signals(handler, *numbers):
-    """Handle these signals by `handler` inside the block (only the main thread may, and needs to)."""
-    before = {n: signal.signal(n, handler) for n in numbers if threading.current_thread() is threading.main_thread()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class MujocoPool:
     """N copies of a MuJoCo model, stepped by C++ threads in one call: the same bits as N simulations one by one.
 
@@ -573,7 +582,7 @@ class MujocoPool:
 
     def __init__(self, model, num_envs: int, frame_skip: int, fields=()):
         from mujoco import batch, mjtWarning
-        self.batch, self.frame_skip = batch.Batch(model, num_envs, os.cpu_count()), frame_skip
+        self.batch, self.frame_skip = batch.Batch(model, num_envs, torch.get_num_threads()), frame_skip
         self.state = self.batch.state[:, :1 + model.nq + model.nv]  # time, qpos, qvel
         self.warnings = self.batch.warning[:, mjtWarning.mjWARN_BADQPOS:mjtWarning.mjWARN_BADCTRL, 1]
         for name in ("qpos", "qvel", "ctrl", *fields):
@@ -593,7 +602,7 @@ class MujocoPool:
         self.batch.forward(rows)  # derived quantities, and the solver's warm start
 
     def diverged(self):
-        """Environments (N,) whose state was NaN or huge (above MuJoCo's limit of 1e10) at some time since their start."""
+        """Environments (N,) whose state was NaN or above MuJoCo's limit of 1e10 at some time since their start."""
         # MuJoCo looks at the start of a substep, and counts a warning; the newest state is looked at here
         return torch.from_numpy(self.warnings.any(1) | ~(np.abs(self.state).max(1) < 1e10))
 
@@ -602,13 +611,12 @@ class Locomotion:
     """Gymnasium's formulas over a MujocoPool `p`: forward velocity plus health minus control cost.
 
     All constants are read from Gymnasium's object `env`; `limit` is the number of steps of an episode. `hidden` of the
-    positions are not observed, nor velocities above `top_speed`; noise of the first velocities is uniform or `normal`.
+    positions are not observed, velocities up to `top_speed`; the noise of the first velocities is uniform or `normal`.
     """
 
-    fields = ()  # derived quantities used
-
-    def __init__(self, env: gym.Env, limit: float, hidden=0, normal=False, top_speed=math.inf, height=1, noise_scale=0.0):
-        self.env, self.limit, self.v4 = env, limit, type(env).__module__.endswith("v4")
+    def __init__(self, env: gym.Env, limit: float, hidden=0, normal=False, top_speed=math.inf, height=1, noise_scale=0,
+                 fields=()):
+        self.env, self.limit, self.v4, self.fields = env, limit, type(env).__module__.endswith("v4"), fields
         self.normal, self.top_speed, self.height = normal, top_speed, height
         self.noise_scale = getattr(env, "_reset_noise_scale", noise_scale)
         self.hidden = hidden * getattr(env, "_exclude_current_positions_from_observation", 0)
@@ -619,6 +627,8 @@ class Locomotion:
         return qpos + (2 * s * u - s), qvel + (s * v if self.normal else 2 * s * v - s)
 
     def x(self, p):
+        if "xpos" in self.fields:  # Ant's torso, which lags behind qpos, as in Gymnasium
+            return p.xpos[:, self.env.model.body("torso").id, 0]
         return p.qpos[:, 0]
 
     def obs(self, p):
@@ -626,7 +636,7 @@ class Locomotion:
 
     def healthy(self, p):
         """Whether each environment may go on (N,); where a task has no such range, all may."""
-        values = {"z": p.qpos[:, self.height, None], "angle": p.qpos[:, 2:3], "state": torch.cat([p.qpos[:, 2:], p.qvel], 1)}
+        values = dict(z=p.qpos[:, self.height, None], angle=p.qpos[:, 2:3], state=torch.cat([p.qpos[:, 2:], p.qvel], 1))
         ranges = {name: getattr(self.env, f"_healthy_{name}_range", (-math.inf, math.inf)) for name in values}
         return torch.cat([(ranges[name][0] < x) & (x < ranges[name][1]) for name, x in values.items()], 1).all(1)
 
@@ -639,13 +649,6 @@ class Locomotion:
         return reward + getattr(env, "_healthy_reward", 0) * paid, ~healthy & ends
 
 
-class Ant(Locomotion):
-    fields = ("xpos",)
-
-    def x(self, p):
-        return p.xpos[:, self.env.model.body("torso").id, 0]  # lags behind qpos[:, 0], as in Gymnasium
-
-
 class Pendulum(Locomotion):
     def outcome(self, p, x_before, action):
         fell = p.qpos[:, 1].abs() > 0.2
@@ -653,8 +656,6 @@ class Pendulum(Locomotion):
 
 
 class DoublePendulum(Locomotion):
-    fields = ("site_xpos", "qfrc_constraint")
-
     def obs(self, p):
         cart, angle, force = p.qpos[:, :1], p.qpos[:, 1:], p.qfrc_constraint if self.v4 else p.qfrc_constraint[:, :1]
         return torch.cat([cart, angle.sin(), angle.cos(), p.qvel.clamp(-10, 10), force.clamp(-10, 10)], 1)
@@ -667,8 +668,10 @@ class DoublePendulum(Locomotion):
 
 TASKS = {"half_cheetah": (Locomotion, dict(hidden=1, normal=True)), "swimmer": (Locomotion, dict(hidden=2)),
          "hopper": (Locomotion, dict(hidden=1, top_speed=10)), "walker2d": (Locomotion, dict(hidden=1, top_speed=10)),
-         "ant": (Ant, dict(hidden=2, normal=True, height=2)), "inverted_pendulum": (Pendulum, dict(noise_scale=0.01)),
-         "inverted_double_pendulum": (DoublePendulum, dict(normal=True, noise_scale=0.1))}
+         "ant": (Locomotion, dict(hidden=2, normal=True, height=2, fields=("xpos",))),
+         "inverted_pendulum": (Pendulum, dict(noise_scale=0.01)),
+         "inverted_double_pendulum": (DoublePendulum, dict(normal=True, noise_scale=0.1,
+                                                           fields=("site_xpos", "qfrc_constraint")))}
 
 
 def batched_task(env: gym.Env) -> Locomotion | None:
@@ -689,7 +692,7 @@ def batched_task(env: gym.Env) -> Locomotion | None:
 
 
 class MujocoEnvs:
-    """A MuJoCo task in batches, as VectorEnv wants it. Start states are Gymnasium's: each copy has its own generator."""
+    """A MuJoCo task in batches, as VectorEnv wants it. Start states are Gymnasium's: every copy has a generator."""
 
     def __init__(self, task: Locomotion, num_envs: int, chunk: int):
         self.task, self.num_envs, self.chunk, self.close = task, num_envs, chunk, task.env.close
@@ -792,9 +795,11 @@ def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor,
     try:
         with np.load(source, allow_pickle=False) as file:
             demos = {key: file[key] for key in DEMO_KEYS}
+        if not all(array.ndim and array.dtype.kind in "biuf" for array in demos.values()):
+            raise ValueError("not arrays of numbers")
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read demonstrations from {source} ({first_line(error)}); notebooks/demos.py writes such "
-                        "a file: it records a run, and converts D4RL and Minari.") from None
+        raise UserError(f"cannot read demonstrations from {source} ({first_line(error)}); notebooks/demos.py "
+                        "writes such a file: it records a run, and converts D4RL and Minari.") from None
     n, H, dims = len(demos["rewards"]), env.chunk, env.act_dim // env.chunk
     for key, size in zip(DEMO_KEYS, (env.obs_dim, dims, 1, 1, 1)):
         if demos[key].size != n * size or not n:
@@ -862,16 +867,16 @@ def clone(agent: Agent, config: Config, demos, run: Path) -> None:
 
 # ===== 9  Run folder ==================================================================================================
 
-COLUMNS = ("update step seconds episodes return length approx_kl clip_fraction explained_variance policy_loss value_loss "
-           "entropy grad_norm sigma chain_std chain_gradient_ratio chain_clipped learning_rate seconds_simulation "
-           "seconds_policy seconds_update").split()
+COLUMNS = ("update step seconds episodes return length approx_kl clip_fraction explained_variance policy_loss "
+           "value_loss entropy grad_norm sigma chain_std chain_gradient_ratio chain_clipped learning_rate "
+           "seconds_simulation seconds_policy seconds_update").split()
 
 
 def new_run_folder(config: Config) -> Path:
     """runs/<env>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
     name = "__".join([re.sub("[/:]", "_", config.env), config.algo, str(config.seed)])
     for attempt in itertools.count(1):
-        run = Path(config.runs) / (name if attempt == 1 else f"{name}-{attempt}")
+        run = Path(config.runs, name if attempt == 1 else f"{name}-{attempt}")
         try:
             run.mkdir(parents=True)
             return run
@@ -933,29 +938,33 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto") -> dict:
     deployed. Each environment, always Gymnasium's, plays exactly one episode, so that short ones are not
     over-represented. Returns {way: {"return", "length": arrays}, "ms per decision": float}.
     """
-    device, result = pick_device(device), {}
-    with keep_random_state(device):
+    with keep_random_state(device := pick_device(device)):
         config, agent, _ = load_agent(Path(run), device)
-        policy, seed = agent.policy, 1_000_003 + config.seed  # apart from the seeds of training
-        decide = lambda obs, way: policy.sample(agent.normalize(obs), deterministic=way != "exploring")[0]
+        policy, result, seed = agent.policy, {}, 1_000_003 + config.seed  # apart from the seeds of training
+        ways = {"exploring": policy.act, "mean action": policy.act}
+        if config.algo != "ppo":  # NCDPO's chain for DPPO too, whose own steps are noisy whatever eta
+            ddim = copy.deepcopy(policy)
+            ddim.schedule = Schedule(policy.K, policy.predict, 0.0, policy.schedule.clip).to(device)
+            ways["eta 0"] = partial(NCDPO.act, ddim)
+
+        def decide(way, obs):
+            omega, noise = policy.noise(len(obs), device=device)
+            noise = noise if way == "exploring" else torch.zeros_like(noise)
+            return ways[way](agent.normalize(obs), omega, noise)[0]
+
         env = VectorEnv(config.env, episodes, device, "sync", config.action_chunk)
-        for way in ("exploring", "mean action") + ("eta 0",) * (config.algo != "ppo"):
-            if way == "eta 0":
-                policy.schedule = Schedule(policy.K, policy.predict, 0.0, policy.schedule.clip).to(device)
-                decide = lambda obs, way: policy.head.sample(policy.mean(*noisy(obs)), torch.zeros(1, device=device))
-                noisy = lambda obs: (agent.normalize(obs), policy.noise(len(obs), device=device)[0])
+        for way in ways:
             torch.manual_seed(seed)
-            obs, alive = env.reset(seed), np.ones(episodes, bool)
-            returns, lengths = np.zeros(episodes), np.zeros(episodes)
+            obs, alive, returns, lengths = env.reset(seed), np.ones(episodes, bool), *np.zeros((2, episodes))
             while alive.any():
-                obs, reward, terminated, truncated, _ = env.step(decide(obs, way))
+                obs, reward, terminated, truncated, _ = env.step(decide(way, obs))
                 returns += alive * reward.nansum(1).cpu().numpy()
                 lengths += alive * reward.isfinite().sum(1).cpu().numpy()
                 alive &= ~(terminated | truncated).cpu().numpy()
             result[way] = {"return": returns, "length": lengths}
-        one = lambda: decide(obs[:1], "exploring").cpu()
-        result["ms per decision"] = 1000 * float(np.median(timeit.repeat(one, number=1, repeat=200)))
         env.close()
+        one = lambda: decide("exploring", obs[:1]).cpu()
+        result["ms per decision"] = 1000 * float(np.median(timeit.repeat(one, number=1, repeat=200)))
     return result
 
 
@@ -1011,13 +1020,13 @@ class Config:
     episodes: int = 10  # episodes of an evaluation
     runs: str = "runs"  # folder of the run folders
     checkpoint_every: int = 50  # updates between two checkpoints
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (with --no-compile)
     vector: Literal["auto", "sync", "async"] = "auto"  # simulator: MuJoCo in batches where possible, or Gymnasium's
     compile: bool = True  # torch.compile of the loss, and on a GPU of acting
 
     # --- PPO
-    num_envs: int = 64  # parallel environments N
-    num_steps: int = 32  # steps T of each environment in a rollout; N * T transitions make an update
+    num_envs: int = 32  # parallel environments N
+    num_steps: int = 64  # steps T of each environment in a rollout; N * T transitions make an update
     learning_rate: float = 5e-4  # of Adam, falling linearly to zero
     gamma: float = 0.98  # discount of rewards
     gae_lambda: float = 0.92  # lambda of generalised advantage estimation
@@ -1071,25 +1080,23 @@ class Config:
         """Raises UserError for the first field out of its range."""
         for name, kind in typing.get_type_hints(Config).items():
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            low, high = LIMITS.get(name, (1e-12, math.inf))  # a number without LIMITS must be above 0
             if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
                 raise UserError(f"{flag} must be one of {', '.join(typing.get_args(kind))}, not {value!r}.")
-            low, high = LIMITS.get(name, (1e-12, math.inf))  # a number without LIMITS must be above 0
             if kind is not bool and isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
-                limits = ("above 0" if name not in LIMITS else
-                          f"between {low} and {high}" if high < math.inf else f"of {low} or more")
+                limits = "above 0" if low == 1e-12 else f"from {low} to {high}".replace("to inf", "on")
                 raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
         if not (self.scored_steps or 1) <= (self.finetune_steps or self.denoising_steps) <= self.denoising_steps:
             raise UserError("--scored-steps may not exceed --finetune-steps, nor that --denoising-steps.")
         if bool(self.bc_coef) != bool(self.demos) and (self.init_from or not self.demos):
             raise UserError("--bc-coef needs --demos, and --demos beside --init-from needs --bc-coef.")
-        batch = self.num_envs * self.num_steps
-        rollout = f"the {batch} transitions of a rollout (--num-envs {self.num_envs} x --num-steps {self.num_steps})"
+        batch, H = self.num_envs * self.num_steps, self.action_chunk
+        rollout = f"a rollout's {batch} decisions (--num-envs {self.num_envs} x --num-steps {self.num_steps})"
         if self.minibatch_size > batch:
             raise UserError(f"--minibatch-size {self.minibatch_size} exceeds {rollout}; make it at most {batch}.")
-        batch *= self.action_chunk
-        if self.total_timesteps < batch and (self.total_timesteps or not self.demos):  # 0 is cloning alone
-            raise UserError(f"--total-timesteps {self.total_timesteps} is below {rollout}, {self.action_chunk} steps "
-                            f"each; make it at least {batch}.")
+        if self.total_timesteps < batch * H and (self.total_timesteps or not self.demos):  # 0 is cloning alone
+            raise UserError(f"--total-timesteps {self.total_timesteps} is below {rollout} of {H} steps each; make it "
+                            f"at least {batch * H}.")
 
 
 LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
@@ -1103,9 +1110,10 @@ PRESETS: dict[str, dict] = {  # by the name of the task without its version; the
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.2, gamma=0.99,
                            gae_lambda=0.95, num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4,
                            critic_learning_rate=1e-3, critic_warmup=4),  # whatever the task
-    "Hopper": dict(init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95, minibatch_size=256, update_epochs=10),
-    "Walker2d": dict(init_std=0.5, min_std=0.2, gamma=0.99, gae_lambda=0.95, minibatch_size=128, update_epochs=10,
-                     learning_rate=3e-4, hidden=64, activation="tanh")}
+    "Hopper": dict(num_envs=16, num_steps=128, init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95,
+                   minibatch_size=256, update_epochs=10),
+    "Walker2d": dict(num_envs=16, num_steps=128, init_std=0.5, min_std=0.2, gamma=0.99, gae_lambda=0.95,
+                     minibatch_size=128, update_epochs=10, learning_rate=3e-4, hidden=64, activation="tanh")}
 
 
 class Agent(nn.Module):
@@ -1120,10 +1128,6 @@ class Agent(nn.Module):
     def normalize(self, obs):
         return self.obs_norm(obs) if self.norm_obs else obs
 
-    def value(self, obs):
-        """V of raw observations (..., S) -> (...)."""
-        return self.critic(self.normalize(obs)).squeeze(-1)
-
     def act(self, obs, omega, noise):
         """NCDPO.act on raw observations."""
         return self.policy.act(self.normalize(obs), omega, noise)
@@ -1131,18 +1135,20 @@ class Agent(nn.Module):
 
 def make_policy(config: Config, obs_dim: int, act_dim: int, discrete: bool) -> NCDPO:
     """The policy that a configuration asks for."""
-    c, dppo = config, config.algo == "dppo"
+    c, given = config, dict(hidden=config.hidden, activation=config.activation)
     if discrete:
-        head = Categorical(1.0 if c.algo == "ppo" else c.temperature)
-    else:
-        head = Gaussian(act_dim, c.min_std if dppo else c.init_std, fixed=dppo)
-    given = dict(hidden=c.hidden, activation=c.activation, head=head)
+        given["head"] = Categorical(1.0 if c.algo == "ppo" else c.temperature)
+    elif c.algo != "dppo":
+        given["head"] = Gaussian(act_dim, c.init_std)
     if c.algo == "ppo":
         return MLPPolicy(obs_dim, act_dim, **given)
-    given |= dict(steps=c.denoising_steps, predict=c.predict, eta=c.eta, clip=c.clip_denoised, noise_scale=c.noise_scale)
-    policy = NCDPO(obs_dim, act_dim, **given) if not dppo else DPPO(
-        obs_dim, act_dim, **given, scored_steps=c.scored_steps or c.finetune_steps, chain_gradient=c.chain_gradient,
-        min_std=c.min_std, gamma_denoising=c.gamma_denoising, clip_rise=(c.clip_coef_first or c.clip_coef) / c.clip_coef)
+    given |= dict(steps=c.denoising_steps, predict=c.predict, eta=c.eta, clip=c.clip_denoised,
+                  noise_scale=c.noise_scale)
+    if c.algo == "dppo":
+        given |= dict(scored_steps=c.scored_steps or c.finetune_steps, chain_gradient=c.chain_gradient,
+                      min_std=c.min_std, gamma_denoising=c.gamma_denoising,
+                      clip_rise=(c.clip_coef_first or c.clip_coef) / c.clip_coef)
+    policy = (DPPO if c.algo == "dppo" else NCDPO)(obs_dim, act_dim, **given)
     if c.checkpoint_chain:
         policy.mu = partial(checkpoint, policy.mu, use_reentrant=False, preserve_rng_state=False)
     if c.finetune_steps:
@@ -1161,17 +1167,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def compiled(function, device: torch.device):
-    """torch.compile's function, which at its first call becomes the plain one, with a warning, where compiling fails."""
+    """torch.compile's function; where compiling fails (no C++ compiler, say), the plain one after one warning."""
     fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
 
     def call(*given, **more):
         nonlocal fast
         try:
             return fast(*given, **more)
-        except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, say
+        except torch._dynamo.exc.TorchDynamoException as error:
             warnings.warn(f"going on more slowly, without torch.compile, which failed: {first_line(error)}")
             fast = function
-            return function(*given, **more)
+            return fast(*given, **more)
     return call
 
 
@@ -1196,7 +1202,7 @@ def chain_std(policy: NCDPO, obs) -> float:
 
 
 class Trainer:
-    """The state of a training run and its one verb: `iterate` plays a rollout, judges it, learns from it and reports."""
+    """The state of a training run and its verb: `iterate` plays a rollout, judges it, learns from it and reports."""
 
     def __init__(self, config: Config):
         config.check()
@@ -1208,22 +1214,21 @@ class Trainer:
         parts = [self.policy, self.critic] if config.critic_learning_rate else [self.agent]
         groups = [[p for p in part.parameters() if p.requires_grad] for part in parts]  # each is clipped by itself
         self.rates = [config.learning_rate, config.critic_learning_rate]
-        self.optimizer = torch.optim.Adam([{"params": group} for group in groups], eps=1e-5,
-                                          fused=self.device.type != "mps")
+        self.optimizer = torch.optim.Adam([{"params": group} for group in groups], eps=1e-5, fused=True)
         self.rollout = Rollout(config.num_steps, self.env)
         self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
         self.batch_size = config.num_envs * config.num_steps * config.action_chunk  # in environment steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         self.obs = self.env.reset(config.seed)
 
-        objective, dims = getattr(self.policy, "objective", clipped_objective), self.env.act_dim
+        objective, whole, dims = None, getattr(self.policy, "objective", clipped_objective), self.env.act_dim
         if config.mean_log_prob and not self.env.discrete:
-            objective = lambda log_ratio, A, clip, whole=objective: whole(log_ratio / dims, A, clip)
+            objective = lambda log_ratio, A, clip: whole(log_ratio / dims, A, clip)
         self.loss = self.plain_loss = partial(ppo_loss, self.policy, self.critic, clip_coef=config.clip_coef,
                                               vf_coef=config.vf_coef, ent_coef=config.ent_coef, objective=objective)
         self.act = self.agent.act
-        # A loop over more than ten steps takes minutes to compile; DPPO's loss takes its M scored steps at once
-        self.compiles = config.compile and self.device.type != "mps" and self.policy.K - getattr(self.policy, "M", 0) <= 10
+        # a loop over more than ten steps takes minutes to compile; DPPO's loss takes its M scored steps at once
+        self.compiles = config.compile and self.policy.K - getattr(self.policy, "M", 0) <= 10
         if self.compiles:
             torch.compiler.reset()  # or the runs of one process, say a notebook's, share one small cache
             self.loss = compiled(self.plain_loss, self.device)
@@ -1260,38 +1265,35 @@ class Trainer:
         sums, self.carry = discounted_sums(reward, rollout.ended, self.carry, gamma)
         agent.reward_norm.update(sums.reshape(-1, 1))
         reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10)  # in deviations of the return
-        value = agent.value(rollout.obs)
-        final_value = agent.value(rollout.final_obs) * config.gamma ** (played - H)  # a cut chunk led there sooner
+        obs = agent.normalize(rollout.obs)
+        value, final_value = (self.critic(x).squeeze(-1) for x in (obs, agent.normalize(rollout.final_obs)))
+        final_value = final_value * config.gamma ** (played - H)  # a chunk that was cut short led there sooner
         advantage = advantages(reward, value, final_value, rollout.terminated, rollout.ended, gamma, config.gae_lambda)
         target = advantage + value
-        batch = dict(obs=agent.normalize(rollout.obs), action=rollout.action, latent=rollout.latent,
-                     advantage=advantage, target=target)
+        batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, advantage=advantage, target=target)
         batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
         batch["log_prob"] = self.policy.log_prob(batch["obs"], batch["action"], batch["latent"])
         agent.obs_norm.update(rollout.obs.flatten(0, 1))  # only now: the rollout was played with the old statistics
         return batch, (1 - (target - value).var() / target.var().clamp(min=1e-8)).item()
 
     def learn(self, batch: dict) -> dict:
-        """All epochs of PPO on a batch; returns their mean diagnostics."""
-        config = self.config
-        loss = (self.critic_loss if self.done < config.critic_warmup else
-                self.regularised_loss if config.bc_coef else self.loss)
-        return ppo_update(loss, batch, self.optimizer, config.update_epochs, config.minibatch_size,
+        """All epochs of PPO on a batch; returns their mean diagnostics. A warm-up is the critic's alone."""
+        config, warm_up = self.config, self.done < self.config.critic_warmup
+
+        def loss_function(**part):
+            with torch.set_grad_enabled(not warm_up):  # the plain loss in a warm-up: this mode would be compiled too
+                loss, diagnostics = (self.plain_loss if warm_up else self.loss)(**part)
+            if warm_up:  # the policy gets no gradient, and Adam leaves it as it is
+                value = self.critic(part["obs"]).squeeze(-1)
+                loss = config.vf_coef * 0.5 * (value - part["target"]).square().mean()
+            elif config.bc_coef:  # plus the cloning loss of as many demonstrations
+                some = torch.randint(len(self.demos[0]), (len(part["obs"]),), device=self.device)
+                obs, action = (x[some] for x in self.demos[:2])
+                loss = loss + config.bc_coef * self.policy.bc_loss(self.agent.normalize(obs), action)
+            return loss, diagnostics
+
+        return ppo_update(loss_function, batch, self.optimizer, config.update_epochs, config.minibatch_size,
                           config.max_grad_norm, config.target_kl)
-
-    def critic_loss(self, **batch):
-        """The critic's part of ppo_loss: the policy gets no gradient, and Adam leaves it as it is."""
-        with torch.no_grad():
-            _, diagnostics = self.plain_loss(**batch)
-        value = self.critic(batch["obs"]).squeeze(-1)
-        return self.config.vf_coef * 0.5 * (value - batch["target"]).square().mean(), diagnostics
-
-    def regularised_loss(self, **batch):
-        """ppo_loss plus the cloning loss of as many demonstrations."""
-        loss, diagnostics = self.loss(**batch)
-        some = torch.randint(len(self.demos[0]), (len(batch["obs"]),), device=self.device)
-        obs, action = (x[some] for x in self.demos[:2])
-        return loss + self.config.bc_coef * self.policy.bc_loss(self.agent.normalize(obs), action), diagnostics
 
     def check_finite(self, batch: dict, diagnostics: dict) -> None:
         """Raises UserError where a number of the rollout or of the update is infinite or not a number."""
@@ -1320,12 +1322,9 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """What a checkpoint holds: tensors, numbers and strings only."""
-        state = {"env": self.env.env_id, "spaces": self.env.spaces, "update": self.done, "seconds": self.seconds,
-                 "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "random": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            state["random_" + self.device.type] = getattr(torch, self.device.type).get_rng_state(self.device)
-        return state
+        return {"env": self.env.env_id, "spaces": self.env.spaces, "update": self.done, "seconds": self.seconds,
+                "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "random": torch.get_rng_state()}
 
     def save(self, run: Path) -> None:
         write(run / "checkpoint.pt", lambda file: torch.save(self.state_dict(), file))
@@ -1336,11 +1335,8 @@ class Trainer:
         _, agent, state = load_agent(run, self.device)
         self.agent.load_state_dict(agent.state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = self.device.type != "mps"  # the checkpoint may be another device's
+        torch.manual_seed(1_000 * self.config.seed + state["update"])  # an accelerator must not repeat its first noise
         torch.set_rng_state(state["random"].cpu())
-        if (there := state.get("random_" + self.device.type)) is not None:
-            getattr(torch, self.device.type).set_rng_state(there.cpu(), self.device)
         self.done, self.seconds = state["update"], state["seconds"]
         if self.done >= self.updates:
             raise UserError(f"{run} is finished after {self.done * self.batch_size:,} steps; raise --total-timesteps "
@@ -1381,25 +1377,25 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     with closing(trainer.env):
         if config.demos and (config.bc_coef or not resume):
             trainer.demos = load_demos(config.demos, trainer.env)
-        if resume is not None:
+        if resume:
             trainer.resume(Path(resume))
         elif config.init_from:
             trainer.init_from(Path(config.init_from))
-        run = new_run_folder(config) if resume is None else Path(resume)
+        run = Path(resume) if resume else new_run_folder(config)
         write(run / "config.json", lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=2).encode()))
         chain = f" (K = {config.denoising_steps}, predict {config.predict})" if config.algo != "ppo" else ""
         weights = sum(p.numel() for p in trainer.agent.parameters())
         print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {weights:,} parameters on {trainer.device}, "
               f"{config.num_envs} environments ({trainer.env.vector}); "
               + (f"going on after update {trainer.done} in {run}" if resume else f"writing {run}"), flush=True)
-        if config.demos and not config.init_from and resume is None:
+        if config.demos and not config.init_from and not resume:
             clone(trainer.agent, config, trainer.demos, run)
             trainer.save(run)
         stopped_by = run_updates(trainer, run)
     history = read_metrics(run)
     plot_curve(history, run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
     if stopped_by:
-        print(f"stopped by {stopped_by} after update {trainer.done}; to go on: python ncdpo.py --resume {run}", flush=True)
+        print(f"stopped by {stopped_by} after update {trainer.done}; to go on: python ncdpo.py --resume {run}")
     else:
         print(describe(evaluate(run, config.episodes, str(trainer.device))))
         print(f"curve: {run / 'curve.png'}", flush=True)
@@ -1407,7 +1403,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
 
 
 def run_updates(trainer: Trainer, run: Path) -> str | None:
-    """Iterate to the end, to --stop-at-return or to a signal, whose name is returned; metrics, checkpoints, progress."""
+    """Iterate to the end, to --stop-at-return or to a signal (its name is returned); metrics, checkpoints, progress."""
     config, size, first, stop, recent = trainer.config, trainer.batch_size, trainer.done, [], []
     goal, saved, started = config.stop_at_return, trainer.done, time.perf_counter()
 
@@ -1429,8 +1425,9 @@ def run_updates(trainer: Trainer, run: Path) -> str | None:
                 if 20 * trainer.done // trainer.updates > 20 * (trainer.done - 1) // trainer.updates:  # each twentieth
                     pace = (time.perf_counter() - started) / (trainer.done - first)  # seconds an update
                     shown = f"return {mean:.1f}, {len(recent)} episodes" if recent else "no episode has ended"
-                    print(f"{row['step']:>13,} steps ({trainer.done / trainer.updates:.0%}), {shown}, {size / pace:,.0f} "
-                          f"steps/s, {pace * (trainer.updates - trainer.done):.0f} s left", flush=True)
+                    left = pace * (trainer.updates - trainer.done)
+                    print(f"{row['step']:>13,} steps ({trainer.done / trainer.updates:.0%}), {shown}, "
+                          f"{size / pace:,.0f} steps/s, {left:.0f} s left", flush=True)
                 if trainer.done % config.checkpoint_every == 0:
                     trainer.save(run)
                     saved = trainer.done
@@ -1439,11 +1436,14 @@ def run_updates(trainer: Trainer, run: Path) -> str | None:
                     break
             trainer.save(run)
         except (UserError, OSError) as error:
-            kept = f"the checkpoint of update {saved} is kept: python ncdpo.py --resume {run}"
-            raise UserError(f"{error}; {kept if (run / 'checkpoint.pt').is_file() else 'there is no checkpoint'}.") from error
+            kept = (f"the checkpoint of update {saved} is kept: python ncdpo.py --resume {run}"
+                    if (run / "checkpoint.pt").is_file() else "there is no checkpoint")
+            raise UserError(f"{error}; {kept}.") from error
     elapsed, steps, history = time.perf_counter() - started, (trainer.done - first) * size, read_metrics(run)
-    shares = (f"{part} {history['seconds_' + part][first:].sum() / elapsed:.0%}" for part in ("simulation", "policy", "update"))
-    print(f"{steps:,} steps in {elapsed:.1f} s, {steps / elapsed:,.0f} steps/s ({', '.join(shares)})", flush=True)
+    shares = (f"{part} {history['seconds_' + part][first:].sum() / elapsed:.0%}"
+              for part in ("simulation", "policy", "update"))
+    if steps:
+        print(f"{steps:,} steps in {elapsed:.1f} s, {steps / elapsed:,.0f} steps/s ({', '.join(shares)})", flush=True)
     return stop[0] if stop else None
 
 
@@ -1470,9 +1470,12 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
 
     Raises UserError for a flag that would be ignored.
     """
-    parser, kinds = Parser(description=__doc__.split("\n")[0], allow_abbrev=False), typing.get_type_hints(Config)
-    parser.add_argument("--resume", help="go on with this run folder; its config.json gives the defaults of other flags")
-    parser.add_argument("--evaluate", help="play this run folder: exploring, its mean action, and without chain noise")
+    parser = Parser(usage="python ncdpo.py [--flag value ...]", allow_abbrev=False, description=__doc__.split("\n")[0]
+                    + " Defaults in brackets; a task or --demos may have its own (PRESETS).")
+    kinds = typing.get_type_hints(Config)
+    verbs = parser.add_mutually_exclusive_group()
+    verbs.add_argument("--resume", help="go on with this run folder; its config.json has the defaults of other flags")
+    verbs.add_argument("--evaluate", help="play this run folder: exploring, its mean action, and without chain noise")
     for title, fields in (groups := documented_fields()).items():
         group = parser.add_argument_group(title)
         for name, text in fields.items():
@@ -1483,17 +1486,23 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
             group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=shown, **how)
     given = vars(parser.parse_args([re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), a) for a in arguments]))
     resume, evaluate = given.pop("resume"), given.pop("evaluate")
-    run, start = resume or evaluate or given.get("init_from"), None
-    defaults = load_config(Path(run)) if run else Config.for_task(given.get("env", Config.env), demos=given.get("demos"))
+    run = resume or evaluate or given.get("init_from")
+    task = partial(Config.for_task, given.get("env", Config.env), demos=given.get("demos"))
+    defaults = load_config(Path(run)) if run else task()
     if run and not (resume or evaluate):  # a new run, that starts where another one ended
         fresh = ("total_timesteps", "demos", "bc_coef", "stop_at_return", "runs")
         defaults = dataclasses.replace(defaults, **{name: getattr(Config, name) for name in fresh})
-    config, (_, _, chain, dppo, _) = dataclasses.replace(defaults, **given), groups.values()
+    config = dataclasses.replace(defaults, **given)
+    ignored = set() if config.algo == "dppo" else set(groups["dppo alone"])
+    if config.algo == "ppo":
+        ignored |= set(groups["denoising chain of ncdpo and dppo"])
     for name in (name for name, value in given.items() if value != getattr(defaults, name)):
         flag = "--" + name.replace("_", "-")
         if evaluate and name not in ("episodes", "device"):
             raise UserError(f"a saved run is played as it was trained: leave out {flag}.")
-        if name in dppo and config.algo != "dppo" or name in chain and config.algo == "ppo":
+        if resume and name in ("init_from", "demos", "bc_steps", "bc_learning_rate"):
+            raise UserError(f"{run} has begun already: leave out {flag}.")
+        if name in ignored:
             raise UserError(f"{flag} has no effect on --algo {config.algo}: leave it out.")
     return config, resume, evaluate
 
@@ -1501,10 +1510,10 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for a mistake told in one sentence, 130 for an interruption."""
     try:
-        config, resume, evaluate_ = parse(sys.argv[1:] if arguments is None else arguments)
+        config, resume, played = parse(sys.argv[1:] if arguments is None else arguments)
         config.check()
-        if evaluate_:
-            print(describe(evaluate(evaluate_, config.episodes, config.device)))
+        if played:
+            print(describe(evaluate(played, config.episodes, config.device)))
         else:
             train(config, resume)
     except UserError as error:

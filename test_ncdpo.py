@@ -1,11 +1,13 @@
-"""Facts about ncdpo.py, one a test: pytest test_ncdpo.py (some two minutes on two cores).
+"""Facts about ncdpo.py, one a test: python -m pytest -q test_ncdpo.py -m "not notebooks" (two minutes).
 
-What is compared with is a closed form or another computation, never a recorded output. (E1) ... (E15) are the labels of
+What is compared with is a closed form or another computation, never a recorded output. (E1) ... (E17) are the labels of
 README.md's equations. torch.compile is off but in test_compiled_loss_and_gradients_equal_the_plain_ones.
 """
 
 import ast
 import csv
+import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -16,6 +18,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -23,9 +27,10 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical, Normal
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import ncdpo
-from ncdpo import UserError, VectorEnv, main
+from ncdpo import UserError, VectorEnv, main, make_env
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -33,6 +38,9 @@ PREDICT = ["sample", "epsilon", "v"]
 ALGORITHMS = ["ncdpo", "ppo", "dppo"]
 WIDE = 1e9  # a clip of the clean estimate that never bites
 torch.set_num_threads(1)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of a marker that no configuration file registers
+    notebooks = pytest.mark.notebooks
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def shaken(module, scale=0.3):
 
 def make_policy(algo="ncdpo", obs_dim=3, act_dim=2, discrete=False, **given):
     given = {"hidden": 8, "clip_denoised": WIDE, **given}
-    return shaken(ncdpo.Agent(config(algo=algo, **given), obs_dim, act_dim, discrete).policy)
+    return shaken(ncdpo.make_policy(config(algo=algo, **given), obs_dim, act_dim, discrete))
 
 
 # --- environments of the tests ---------------------------------------------------------------------------------------
@@ -73,13 +81,14 @@ def make_policy(algo="ncdpo", obs_dim=3, act_dim=2, discrete=False, **given):
 class Tiny(gym.Env):
     """Observation (2, 3): where the episode started (drawn by reset), the step, the last action, then zeros."""
 
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 125}
     made_to_fail = None  # (after so many steps of this object, what goes wrong)
 
     def __init__(self, action_space=gym.spaces.Discrete(3, start=5), observation_space=None, random_start=True,
-                 terminates_after=math.inf):
+                 terminates_after=math.inf, render_mode=None):
         self.action_space, self.random_start, self.terminates_after = action_space, random_start, terminates_after
         self.observation_space = observation_space or gym.spaces.Box(-np.inf, np.inf, (2, 3), np.float32)
-        self.played = 0
+        self.played, self.render_mode = 0, render_mode
 
     def observe(self, action):
         return np.array([[self.start, self.t, action], [0, 0, 0]], np.float32)
@@ -100,6 +109,10 @@ class Tiny(gym.Env):
             obs, reward = (obs * np.nan, reward) if wrong == "observation" else (obs, reward * np.nan)
         return obs, reward, self.t >= self.terminates_after, False, {}
 
+    def render(self):
+        assert self.render_mode == "rgb_array"
+        return np.full((32, 48, 3), 7 * self.t, np.uint8)  # the step as a shade of grey
+
 
 def register(name, steps=8, **arguments):
     gym.register(name, entry_point=Tiny, max_episode_steps=steps, kwargs=arguments)
@@ -108,6 +121,7 @@ def register(name, steps=8, **arguments):
 BOX = gym.spaces.Box(np.array([-1, 2], np.float32), np.array([3, 10], np.float32))
 register("Tiny-v0")
 register("TinyBox-v0", action_space=BOX)
+register("TinyWide-v0", action_space=gym.spaces.Box(-2.0, 6.0, (2,), np.float64), steps=21)
 register("TinyFixed-v0", steps=32, action_space=BOX, random_start=False)
 register("TinyEnds-v0", steps=32, action_space=BOX, terminates_after=7)
 register("TinyDict-v0", observation_space=gym.spaces.Dict(a=BOX))
@@ -115,7 +129,7 @@ register("TinyMulti-v0", action_space=gym.spaces.MultiDiscrete([2, 3]))
 register("TinyUnbounded-v0", action_space=gym.spaces.Box(-np.inf, np.inf, (2,)))
 
 
-# --- 2  noise schedule -----------------------------------------------------------------------------------------------
+# --- 1  noise schedule -----------------------------------------------------------------------------------------------
 
 def cosine_tables(K):
     """abar_0 ... abar_K and beta_1 ... beta_K (beta_0 unused) of the cosine schedule, from its definition."""
@@ -150,7 +164,7 @@ def test_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_eta_0(float6
 
 
 def test_one_step_noising_has_the_marginals_of_diffuse(float64):  # E1
-    n, schedule, (_, beta) = 200_000, ncdpo.Schedule(5, "sample", 1.0, 1.0), cosine_tables(5)
+    n, schedule, (_, beta) = 100_000, ncdpo.Schedule(5), cosine_tables(5)
     x = torch.full((n, 1), 0.7)
     for k in range(1, 6):
         x = (1 - beta[k]) ** 0.5 * x + beta[k] ** 0.5 * torch.randn(n, 1)
@@ -168,12 +182,10 @@ class Perfect(torch.nn.Module):
         self.abar = torch.tensor(cosine_tables(policy.K)[0])[:, None]
         self.predict, self.x0, self.shift, self.seen = policy.predict, x0, shift, set()
 
-    def given(self, obs):
-        return None, None
-
-    def forward(self, x, k, of_obs, of_k):
+    def forward(self, x, k, obs):
         self.seen |= set(torch.as_tensor(k).flatten().tolist())
-        return perfect_output(self.predict, self.abar[k], x, self.x0) + self.shift
+        x0 = self.x0 if x.dim() == 2 else self.x0[:, None]  # DPPO's M steps at once
+        return perfect_output(self.predict, self.abar[k], x, x0) + self.shift
 
 
 @pytest.mark.parametrize("K", [1, 5, 100])
@@ -196,13 +208,44 @@ def test_behaviour_cloning_loss_is_the_squared_error_against_a_perfect_network(f
     assert policy.denoiser.seen == set(range(1, 8))
 
 
-# --- 4  policies -----------------------------------------------------------------------------------------------------
+# --- 2  networks -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_untrained_policy_proposes_nearly_the_zero_action(algo):
+    policy = ncdpo.make_policy(config(algo=algo, hidden=128), 17, 6, False)
+    action = policy.sample(torch.randn(500, 17), deterministic=True)[0]
+    assert 0 < action.abs().max() < 0.2
+
+
+def test_hidden_layers_begin_orthogonal_with_a_gain_of_root_two(float64):
+    net = ncdpo.mlp(8, 8, 3, "tanh", gain=0.5)
+    gains = [layer.weight @ layer.weight.T for layer in net[::2]]
+    for gain, expected in zip(gains, (2 * torch.eye(8), 2 * torch.eye(8), 0.25 * torch.eye(3)), strict=True):
+        torch.testing.assert_close(gain, expected)
+    assert not any(layer.bias.any() for layer in net[::2])
+    assert [type(layer) for layer in net[1::2]] == [torch.nn.Tanh] * 2
+
+
+def test_normalizer_agrees_with_numpy_over_uneven_batches(float64):
+    batches = [3 + 2 * torch.randn(n, 4) * torch.tensor([1, 10, 0.1, 1]) for n in (1, 7, 300, 2)]
+    norm, everything = ncdpo.Normalizer(4), torch.cat(batches).numpy()
+    for batch in batches:
+        norm.update(batch)
+    mean, var = everything.mean(0), everything.var(0)
+    np.testing.assert_allclose(norm.mean, mean)
+    np.testing.assert_allclose(norm.var, var)
+    assert norm.count == 310
+    np.testing.assert_allclose(norm(batches[1]), (batches[1].numpy() - mean) / np.sqrt(var), rtol=1e-5)
+    assert norm(torch.full((4,), 1e6)).tolist() == [10.0] * 4
+
+
+# --- 3 and 5  policies -----------------------------------------------------------------------------------------------
 
 def reference_step(policy, predict, eta, x, k, obs):
-    """mu_k and sigma_k of E3, E4 as design.md writes them, without the tables of Schedule."""
+    """mu_k and sigma_k of E3, E4 as the README writes them, without the tables of Schedule."""
     abar, beta = cosine_tables(policy.K)
     now, before = abar[k], abar[k - 1]
-    output = policy.denoiser(x, k, *policy.denoiser.given(obs))
+    output = policy.denoiser(x, k, obs)
     x0 = {"sample": output, "epsilon": (x - (1 - now) ** 0.5 * output) / now**0.5,
           "v": now**0.5 * x - (1 - now) ** 0.5 * output}[predict].clamp(-policy.schedule.clip, policy.schedule.clip)
     variance = eta**2 * (1 - before) / (1 - now) * beta[k]
@@ -223,63 +266,29 @@ def test_ncdpo_mean_is_the_sampler_run_on_given_noise(float64, predict, eta):  #
     torch.testing.assert_close(policy.mean(obs, omega), x)
 
 
-@pytest.mark.parametrize("predict", PREDICT)
-@pytest.mark.parametrize("discrete", [False, True])
-def test_dppo_scores_each_step_as_a_plain_loop_does(float64, predict, discrete):  # E15
+@pytest.mark.parametrize("M", [1, 2, 4, 5])
+@pytest.mark.parametrize("predict, noise_scale, discrete", [
+    ("sample", 1.0, False), ("epsilon", 0.6, True), ("v", 0.6, False)])
+def test_dppo_draws_and_scores_its_steps_as_a_plain_loop_does(float64, M, predict, noise_scale, discrete):  # E15, E16
+    """Five steps: the last M are scored, those before follow E5 on the noise that is kept."""
     given = dict(denoising_steps=5, predict=predict, eta=0.7, min_std=0.3, temperature=0.5, clip_denoised=0.8)
-    policy, obs = make_policy("dppo", discrete=discrete, **given), torch.randn(11, 3)
-    action, log_prob, chain = policy.sample(obs)
-    x, expected = chain[:, 0], []
+    policy = make_policy("dppo", discrete=discrete, scored_steps=M, noise_scale=noise_scale, **given)
+    obs, (omega, noise) = torch.randn(11, 3), policy.noise(11)
+    action, kept = policy.act(obs, omega, noise)
+    x, expected = omega[:, 0], []
     for k in range(5, 0, -1):
         mu, sigma = reference_step(policy, predict, 0.7, x, k, obs)
-        x = chain[:, 6 - k] if k > 1 else action
-        if k == 1 and discrete:
-            expected.append(Categorical(logits=mu / 0.5).log_prob(action))
+        std, z = noise_scale * sigma, omega[:, 6 - k] / noise_scale if k > 1 else noise
+        if k <= M:
+            std = max(std, 0.3)
+            end = Categorical(logits=mu / 0.5) if k == 1 and discrete else Normal(mu, std)
+            x = action if k == 1 and discrete else mu + std * z
+            expected.append(end.log_prob(x) if k == 1 and discrete else end.log_prob(x).sum(-1))
         else:
-            expected.append(Normal(mu, max(sigma, 0.3)).log_prob(x).sum(-1))
-    torch.testing.assert_close(log_prob, torch.stack(expected, 1))
-    torch.testing.assert_close(policy.log_prob(obs, action, chain), torch.stack(expected, 1))
-
-
-def test_dppo_discounts_the_advantage_by_the_steps_to_go():  # E15
-    weight = make_policy("dppo", denoising_steps=4, gamma_denoising=0.9).weight
-    assert weight.tolist() == pytest.approx([0.9**3, 0.9**2, 0.9, 1.0])
-
-
-@pytest.mark.parametrize("algo", ALGORITHMS)
-@pytest.mark.parametrize("discrete", [False, True])
-def test_ratio_is_one_right_after_sampling(algo, discrete):  # E11
-    policy, obs = make_policy(algo, discrete=discrete, denoising_steps=5), torch.randn(64, 3)
-    latent, noise = policy.noise(64, CPU)
-    action, log_prob, remembered = policy.act(obs, latent, noise)
-    again = policy.log_prob(obs, action, remembered)
-    assert again.shape == log_prob.shape == (64, 5 if algo == "dppo" else 1) and again.requires_grad
-    assert action.shape == ((64,) if discrete else (64, 2)) and remembered.shape == (64, policy.latent_steps, 2)
-    if algo == "dppo":  # one parallel pass instead of a loop rounds differently
-        torch.testing.assert_close(again, log_prob, rtol=1e-4, atol=1e-4)
-    else:
-        assert torch.equal(again, log_prob) and torch.equal(remembered, latent)
-
-
-@pytest.mark.parametrize("M", [1, 2, 4, 5])
-def test_scored_steps_are_conditioned_on_the_noise_of_the_others(float64, M):  # E16
-    """Five steps, the last M scored: drawn as DPPO draws them, after E5 on the noise of the others."""
-    policy, obs = make_policy("dppo", denoising_steps=5, scored_steps=M, min_std=0.3), torch.randn(11, 3)
-    latent, noise = policy.noise(11, CPU)
-    action, log_prob, remembered = policy.act(obs, latent, noise)
-    x, expected = latent[:, 0], []
-    for k in range(5, 0, -1):
-        mu, sigma = reference_step(policy, "sample", 1.0, x, k, obs)
-        if k > M:
-            x = mu + sigma * latent[:, 6 - k]
-        else:
-            std = max(sigma, 0.3)
-            x = mu + std * (latent[:, 6 - k] if k > 1 else noise)
-            expected.append(Normal(mu, std).log_prob(x).sum(-1))
+            x = mu + std * z
     torch.testing.assert_close(action, x)
-    torch.testing.assert_close(log_prob, torch.stack(expected, 1))
-    torch.testing.assert_close(policy.log_prob(obs, action, remembered), torch.stack(expected, 1))
-    assert len(policy.weight) == len(policy.clip_scale) == M and policy.weight[-1] == 1
+    torch.testing.assert_close(policy.log_prob(obs, action, kept), torch.stack(expected, 1))
+    assert kept.shape == (11, 5, 2)
 
 
 @pytest.mark.parametrize("flows", [True, False])
@@ -289,14 +298,14 @@ def test_one_scored_step_is_ncdpo_with_or_without_its_gradient_through_the_chain
     ncdpo_ = make_policy("ncdpo", **shared)
     ncdpo_.load_state_dict(one.state_dict())
     obs, action = torch.randn(9, 3), torch.randn(9, 2)
-    omega, _ = one.noise(9, CPU)
+    omega, _ = one.noise(9)
     gradients = []
     for policy in (one, ncdpo_):
         log_prob = policy.log_prob(obs, action, omega)
         gradients.append(torch.autograd.grad(log_prob.sum(), list(policy.denoiser.parameters())))
     same = [torch.allclose(a, b) for a, b in zip(*gradients)]
     assert all(same) if flows else not any(same)
-    torch.testing.assert_close(log_prob, one.log_prob(obs, action, omega))
+    torch.testing.assert_close(log_prob, one.log_prob(obs, action, omega)[:, 0])
 
 
 @pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
@@ -304,34 +313,33 @@ def test_noise_scale_is_a_factor_of_all_the_chains_noise(float64, algo):
     given = dict(denoising_steps=4, min_std=1e-9, init_std=1e-9)
     quiet, loud = make_policy(algo, noise_scale=0.3, **given), make_policy(algo, **given)
     loud.load_state_dict(quiet.state_dict())
-    obs, noise = torch.randn(9, 3), torch.randn(9, 4, 2)
-    a, b = (policy.act(obs, latent, torch.zeros(9, 2))[0] for policy, latent in ((quiet, noise), (loud, 0.3 * noise)))
-    torch.testing.assert_close(a, b)
+    obs, actions = torch.randn(9, 3), []
+    for policy, scale in ((quiet, 1.0), (loud, 0.3)):
+        torch.manual_seed(1)
+        omega, _ = policy.noise(9)
+        actions.append(policy.act(obs, scale * omega, torch.zeros(9, 2))[0])
+    torch.testing.assert_close(*actions)
 
 
 @pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
 def test_frozen_steps_keep_the_network_they_began_with(tmp_path, algo):
-    given = dict(env="TinyBox-v0", algo=algo, denoising_steps=4, hidden=8)
+    given = dict(env="TinyBox-v0", algo=algo, denoising_steps=4, hidden=8, total_timesteps=64, episodes=1)
     ncdpo.train(config(runs=str(tmp_path), **given))
-    trainer = ncdpo.Trainer(config(finetune_steps=2, **given))
+    trainer = ncdpo.Trainer(config(finetune_steps=2, min_std=0.4, **given))
     trainer.init_from(tmp_path / f"TinyBox-v0__{algo}__1")
-    policy = trainer.agent.policy
-    before = [p.clone() for p in policy.frozen.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.denoiser.parameters()))
+    tuned, frozen = trainer.policy.denoiser.denoiser, trainer.policy.denoiser.frozen
+    before = [p.clone() for p in frozen.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, tuned.parameters()))
     trainer.iterate()
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.frozen.parameters()))
-    assert not any(torch.equal(a, b) for a, b in zip(before, policy.denoiser.parameters()))
-    used, forward = [], type(policy.denoiser).forward
-    for net, name in ((policy.denoiser, "tuned"), (policy.frozen, "frozen")):
-        net.forward = lambda x, k, *given, net=net, name=name: used.append((name, k)) or forward(net, x, k, *given)
-    policy.sample(torch.randn(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(before, tuned.parameters()))
+    used, forward = [], type(tuned).forward
+    for net, name in ((tuned, "tuned"), (frozen, "frozen")):
+        net.forward = lambda x, k, obs, net=net, name=name: used.append((name, k)) or forward(net, x, k, obs)
+    trainer.policy.act(torch.randn(3, 6), *trainer.policy.noise(3))
     assert used == [("frozen", 4), ("frozen", 3), ("tuned", 2), ("tuned", 1)]
-
-
-def test_clip_of_dppo_rises_from_the_first_scored_step_to_the_last():
-    scale = make_policy("dppo", denoising_steps=5, clip_coef=0.2, clip_coef_first=0.05).clip_scale
-    assert (0.2 * scale[[0, -1]]).tolist() == pytest.approx([0.05, 0.2]) and (scale.diff() > 0).all()
-    assert make_policy("dppo", denoising_steps=5).clip_scale.tolist() == [1] * 5
+    if algo == "dppo":  # it scores just the steps that learn, and has the floor asked for
+        assert trainer.policy.M == 2 and trainer.policy.head.log_std.exp().tolist() == pytest.approx([0.4] * 2)
 
 
 @pytest.mark.parametrize("algo", ["ncdpo", "ppo"])
@@ -344,18 +352,18 @@ def test_likelihood_is_torchs_gaussian_and_softmax_around_the_mean(float64, algo
         end = Categorical(logits=mean / tau) if policy is choice else Normal(mean, policy.head.log_std.exp())
         expected = (end.log_prob(action), end.entropy())
         expected = expected if policy is choice else [term.sum(-1) for term in expected]
-        torch.testing.assert_close(log_prob[:, 0], expected[0])
+        torch.testing.assert_close(log_prob, expected[0])
         torch.testing.assert_close(policy.evaluate(obs, action, omega)[1], expected[1])
 
 
 def test_actions_are_drawn_as_their_likelihood_says(float64):  # E7, E8
     n, mean = 100_000, torch.tensor([0.4, -0.1, 0.2])
     choice, box = ncdpo.Categorical(0.5), ncdpo.Gaussian(3, 0.3)
-    drawn = choice.sample(mean, choice.noise((n, 3), CPU))
+    drawn = choice.sample(mean, choice.noise(n, 3))
     probability = torch.softmax(mean / 0.5, -1)
     frequency = torch.bincount(drawn, minlength=3) / n
     assert ((frequency - probability).abs() < 5 * (probability / n).sqrt()).all()
-    drawn = box.sample(mean, box.noise((n, 3), CPU))
+    drawn = box.sample(mean, box.noise(n, 3))
     assert ((drawn.mean(0) - mean).abs() < 5 * 0.3 / n**0.5).all()
     torch.testing.assert_close(drawn.std(0), torch.full((3,), 0.3), rtol=5 / (2 * n) ** 0.5, atol=0)
 
@@ -364,29 +372,23 @@ def test_actions_are_drawn_as_their_likelihood_says(float64):  # E7, E8
 @pytest.mark.parametrize("K", [1, 4, 10])
 def test_bpdt_gradient_equals_finite_differences(float64, predict, K):  # E13
     policy, obs, omega = make_policy(denoising_steps=K, predict=predict), torch.randn(5, 3), torch.randn(5, K, 2)
-    weights, parameters = torch.randn(5, 2), list(policy.denoiser.parameters())
+    weights, parameters, h = torch.randn(5, 2), list(policy.denoiser.parameters()), 1e-5
     loss = lambda: (policy.mean(obs, omega) * weights).sum()
-    gradient = torch.autograd.grad(loss(), parameters)
-    for _ in range(3):
-        direction, h = [torch.randn_like(p) for p in parameters], 1e-5
+    gradient = parameters_to_vector(torch.autograd.grad(loss(), parameters))
+    theta = parameters_to_vector(parameters).detach()
 
-        def move(by):
-            with torch.no_grad():
-                for p, d in zip(parameters, direction):
-                    p += by * d
+    def at(vector):
+        vector_to_parameters(vector, parameters)
+        return loss().item()
 
-        move(h)
-        above = loss().item()
-        move(-2 * h)
-        below = loss().item()
-        move(h)
-        slope = sum((g * d).sum().item() for g, d in zip(gradient, direction))
-        assert (above - below) / (2 * h) == pytest.approx(slope, rel=1e-5)
+    for direction in torch.randn(3, len(theta)):
+        difference = (at(theta + h * direction) - at(theta - h * direction)) / (2 * h)
+        assert difference == pytest.approx((gradient @ direction).item(), rel=1e-5)
 
 
 def test_gradient_is_zero_where_the_clean_estimate_is_clipped(float64):  # E3
     policy = make_policy(denoising_steps=3, clip_denoised=1.0)
-    torch.nn.init.constant_(policy.denoiser.rest[-1].bias, 100.0)
+    torch.nn.init.constant_(policy.denoiser.net[-1].bias, 100.0)
     mean = policy.mean(torch.randn(5, 3), torch.randn(5, 3, 2))
     assert (mean == 1).all()
     assert all((g == 0).all() for g in torch.autograd.grad(mean.sum(), list(policy.denoiser.parameters())))
@@ -394,33 +396,30 @@ def test_gradient_is_zero_where_the_clean_estimate_is_clipped(float64):  # E3
 
 @pytest.mark.parametrize("discrete", [False, True])
 def test_ncdpo_with_one_step_that_ignores_its_noise_is_ppo_with_an_mlp(float64, discrete):
-    given = dict(hidden=8, denoising_steps=1, clip_denoised=WIDE, temperature=1.0, ent_coef=0.01)
+    given = dict(hidden=8, denoising_steps=1, clip_denoised=WIDE, temperature=1.0)
     chain, plain = (shaken(ncdpo.Agent(config(algo=algo, **given), 3, 2, discrete)) for algo in ("ncdpo", "ppo"))
     denoiser, net = chain.policy.denoiser, plain.policy.net
+    first = denoiser.net[0]
     with torch.no_grad():
-        denoiser.first.weight[:, :2] = 0
-        net[0].weight.copy_(denoiser.first.weight[:, 2:5])
-        net[0].bias.copy_(denoiser.first.bias + denoiser.first.weight[:, 5:] @ denoiser.embedding[1])
-    for mine, yours in zip(net[2:], denoiser.rest[:]):
-        mine.load_state_dict(yours.state_dict())
+        first.weight[:, :2] = 0
+        net[0].weight.copy_(first.weight[:, 2:5])
+        net[0].bias.copy_(first.bias + first.weight[:, 5:] @ denoiser.embedding[1])
+    net[1:].load_state_dict(denoiser.net[1:].state_dict())
     plain.critic.load_state_dict(chain.critic.state_dict())
     plain.policy.head.load_state_dict(chain.policy.head.state_dict())
 
     obs, omega, noise = torch.randn(32, 3), torch.randn(32, 1, 2), torch.randn(32, 2)
-    with torch.no_grad():
-        action, log_prob, _ = chain.policy.act(obs, omega, noise)
-        action2, log_prob2, _ = plain.policy.act(obs, omega[:, :0], noise)
+    drawn = [agent.policy.act(obs, latent, noise)[0].detach()
+             for agent, latent in ((chain, omega), (plain, omega[:, :0]))]
     torch.testing.assert_close(chain.policy.mean(obs, omega), plain.policy.mean(obs, None))
-    torch.testing.assert_close(action, action2)
-    torch.testing.assert_close(log_prob, log_prob2)
-
-    batch = dict(obs=obs, action=action, old_log_prob=log_prob + 0.2 * torch.randn(32, 1),
-                 old_value=torch.randn(32), advantage=torch.randn(32), target=torch.randn(32))
+    torch.testing.assert_close(*drawn)
+    batch = dict(obs=obs, action=drawn[0], log_prob=-1 + 0.2 * torch.randn(32), advantage=torch.randn(32),
+                 target=torch.randn(32), ent_coef=0.01)
     for agent, latent in ((chain, omega), (plain, omega[:, :0])):
-        ncdpo.ppo_loss(agent, config(**given), latent=latent, **batch)[0].backward()
-    first = denoiser.first
+        ncdpo.ppo_loss(agent.policy, agent.critic, latent=latent, **batch)[0].backward()
     pairs = [(first.weight.grad[:, 2:5], net[0].weight.grad), (first.bias.grad, net[0].bias.grad)]
-    for mine, yours in ((denoiser.rest, net[2:]), (chain.critic, plain.critic), (chain.policy.head, plain.policy.head)):
+    heads = chain.policy.head, plain.policy.head
+    for mine, yours in ((denoiser.net[1:], net[1:]), (chain.critic, plain.critic), heads):
         pairs += [(p.grad, q.grad) for p, q in zip(mine.parameters(), yours.parameters())]
     assert len(pairs) == (12 if discrete else 13)
     for mine, yours in pairs:
@@ -447,14 +446,15 @@ def test_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain(float64
     J = (weights * reward(mean + policy.head.log_std.exp() * nodes[:, 2])).sum()
     truth = flat(torch.autograd.grad(J, parameters))
 
-    step = policy.step
+    mu = policy.mu
     if not through_the_chain:
-        policy.step = lambda x, *more: step(x.detach(), *more)
+        policy.mu = lambda x, *more: mu(x.detach(), *more)
     estimates, obs = [], torch.ones(4000, 1)
-    for _ in range(250):
+    for _ in range(200):
+        omega, noise = policy.noise(len(obs))
         with torch.no_grad():
-            action, _, omega = policy.sample(obs)
-        score = policy.log_prob(obs, action, omega)[:, 0] * (reward(action[:, 0]) - J.item())
+            action, _ = policy.act(obs, omega, noise)
+        score = policy.log_prob(obs, action, omega) * (reward(action[:, 0]) - J.item())
         estimates.append(flat(torch.autograd.grad(score.mean(), parameters)))
     estimates = torch.stack(estimates)
     standard_error = estimates.std(0) / len(estimates) ** 0.5 + 1e-12
@@ -470,9 +470,9 @@ def test_kl_given_the_noise_bounds_the_kl_of_the_actions(float64):  # E14
     nodes, weights = gauss_hermite(24, 2)
     a = torch.linspace(-15, 15, 3001)
     with torch.no_grad():  # log pi(a | omega): a row for each omega, a column for each a
-        log_p, log_q = (torch.distributions.Normal(policy.mean(torch.ones(len(nodes), 1), nodes[:, :, None]),
-                                                   policy.head.log_std.exp()).log_prob(a) for policy in (old, new))
-        row = old.log_prob(torch.ones(3001, 1), a[:, None], nodes[[5]][:, :, None].expand(3001, 2, 1))[:, 0]
+        log_p, log_q = (Normal(policy.mean(torch.ones(len(nodes), 1), nodes[:, :, None]),
+                               policy.head.log_std.exp()).log_prob(a) for policy in (old, new))
+        row = old.log_prob(torch.ones(3001, 1), a[:, None], nodes[[5]][:, :, None].expand(3001, 2, 1))
     torch.testing.assert_close(log_p[5], row)
     integral = lambda density: torch.trapezoid(density, a)
     p, q = weights @ log_p.exp(), weights @ log_q.exp()
@@ -483,244 +483,43 @@ def test_kl_given_the_noise_bounds_the_kl_of_the_actions(float64):  # E14
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_checkpoint_chain_gives_the_same_gradient(discrete):
+def test_checkpoint_chain_runs_each_step_again_and_gives_the_same_gradient(discrete):
     obs, omega = torch.randn(16, 3), torch.randn(16, 5, 2)
     gradients = []
-    for switch in (False, True):
+    for switch, calls in ((False, 5), (True, 10)):
         torch.manual_seed(0)
-        policy = make_policy(denoising_steps=5, discrete=discrete, checkpoint_chain=switch)
+        policy, ks = make_policy(denoising_steps=5, discrete=discrete, checkpoint_chain=switch), []
+        policy.denoiser.register_forward_hook(lambda _, given, __: ks.append(given[1]))
         loss = policy.mean(obs, omega).square().sum()
         gradients.append(torch.autograd.grad(loss, list(policy.denoiser.parameters())))
+        assert len(ks) == calls
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
 
 
-def test_dppo_draws_each_step_as_it_scores_it(float64):  # E15
-    policy, obs = make_policy("dppo", denoising_steps=4, min_std=0.5), torch.randn(9, 3)
-    latent, noise = policy.noise(9, CPU)
-    action, _, chain = policy.act(obs, latent, noise)
-    for k in (4, 3, 2, 1):
-        mu, sigma = reference_step(policy, "sample", 1.0, chain[:, 4 - k], k, obs)
-        drawn, z = (chain[:, 5 - k], latent[:, 5 - k]) if k > 1 else (action, noise)
-        torch.testing.assert_close(drawn, mu + max(sigma, 0.5) * z)
+# --- 4  PPO ----------------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_untrained_policy_proposes_nearly_the_zero_action(algo):
-    policy = ncdpo.Agent(config(algo=algo, hidden=128), 17, 6, False).policy
-    action = policy.sample(torch.randn(500, 17), deterministic=True)[0]
-    assert 0 < action.abs().max() < 0.2
-
-
-def test_checkpoint_chain_runs_each_step_again_in_the_backward_pass():
-    for switch, calls in ((False, 5), (True, 10)):
-        policy, ks = make_policy(denoising_steps=5, checkpoint_chain=switch), []
-        step = policy.step
-        policy.step = lambda x, k, *more: ks.append(k) or step(x, k, *more)
-        policy.mean(torch.randn(2, 3), torch.randn(2, 5, 2)).sum().backward()
-        assert len(ks) == calls
-
-
-def test_normalizer_agrees_with_numpy_over_uneven_batches(float64):
-    batches = [3 + 2 * torch.randn(n, 4) * torch.tensor([1, 10, 0.1, 1]) for n in (1, 7, 300, 2)]
-    norm, everything = ncdpo.Normalizer(4), torch.cat(batches).numpy()
-    for batch in batches:
-        norm.update(batch)
-    mean, var = everything.mean(0), everything.var(0)
-    np.testing.assert_allclose(norm.mean, mean)
-    np.testing.assert_allclose(norm.var, var)
-    assert norm.count == 310
-    np.testing.assert_allclose(norm(batches[1]), (batches[1].numpy() - mean) / np.sqrt(var), rtol=1e-5)
-    assert norm(torch.full((4,), 1e6)).tolist() == [10.0] * 4
-
-
-# --- 5  environments -------------------------------------------------------------------------------------------------
-
-def play(env_id, vector, seed=3, num_envs=3, steps=210):
-    """Random actions, many of them out of bounds: a dictionary of arrays for each step, and the seeds used."""
-    env, seeds = VectorEnv(env_id, num_envs, CPU, vector), []
-    reset, rng = env.envs.reset, torch.Generator().manual_seed(seed)
-    env.envs.reset = lambda seed: (seeds.append(seed), reset(seed=seed))[1]
-    obs, rows = env.reset(seed), []
-    for _ in range(steps):
-        if env.discrete:
-            action = torch.randint(env.act_dim, (num_envs,), generator=rng)
-        else:
-            action = 1.5 * torch.randn(num_envs, env.act_dim, generator=rng)
-        next_obs, reward, terminated, truncated, final_obs = env.step(action)
-        row = dict(obs=obs, action=action, reward=reward, terminated=terminated, truncated=truncated,
-                   final_obs=final_obs, next_obs=next_obs)
-        rows.append({name: tensor.numpy() for name, tensor in row.items()})
-        obs = next_obs
-    env.close()
-    return rows, seeds[0]
-
-
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Tiny-v0", "TinyBox-v0"])
-def test_every_environment_plays_as_it_would_alone(env_id):
-    rows, seeds = play(env_id, "sync")
-    ends = 0
-    for i, seed in enumerate(seeds):
-        alone = gym.make(env_id, disable_env_checker=True)
-        obs, space = alone.reset(seed=seed)[0], alone.action_space
-        for row in rows:
-            np.testing.assert_array_equal(row["obs"][i], np.float32(obs).ravel())
-            if isinstance(space, gym.spaces.Discrete):
-                action = row["action"][i] + space.start
-            else:
-                part = (np.float64(row["action"][i]).clip(-1, 1) + 1) / 2
-                action = np.float32(space.low + part * (space.high - space.low))
-            obs, reward, terminated, truncated, _ = alone.step(action)
-            np.testing.assert_allclose(row["final_obs"][i], np.float32(obs).ravel(), rtol=1e-5, atol=1e-5)
-            assert row["reward"][i] == pytest.approx(reward, rel=1e-5)
-            assert (row["terminated"][i], row["truncated"][i]) == (terminated, truncated)
-            if terminated or truncated:
-                ends += 1
-                obs = alone.reset()[0]
-                assert not np.array_equal(row["final_obs"][i], row["next_obs"][i])
-            else:
-                assert np.array_equal(row["final_obs"][i], row["next_obs"][i])
-    assert ends >= len(seeds) and len(set(seeds)) == len(seeds)
-
-
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "TinyBox-v0"])
-def test_sync_and_async_simulators_give_the_same_trajectories(env_id):
-    for one, other in zip(play(env_id, "sync", steps=60)[0], play(env_id, "async", steps=60)[0], strict=True):
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
-
-
-def test_box_actions_are_clipped_and_rescaled_to_the_bounds():
-    env = VectorEnv("TinyBox-v0", 4, CPU)
-    env.reset(0)
-    final_obs = env.step(torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0], [-7.0, 7.0]]))[-1]
-    assert final_obs[:, 2].tolist() == [-1 + 2, 1 + 6, 3 + 10, -1 + 10]  # the environment writes the sum of its action
-    env.close()
-
-
-def cartpole_step(s, right):
-    """Cart and pole after 0.02 s (Barto, Sutton and Anderson, 1983), the Euler step that every CartPole-v1 takes."""
-    x, v, angle, w = np.float64(s).T
-    pull = (10 * (2 * right - 1.0) + 0.05 * w**2 * np.sin(angle)) / 1.1
-    spin = (9.8 * np.sin(angle) - np.cos(angle) * pull) / (0.5 * (4 / 3 - 0.1 * np.cos(angle) ** 2 / 1.1))
-    push = pull - 0.05 * spin * np.cos(angle) / 1.1
-    return np.stack([x + 0.02 * v, v + 0.02 * push, angle + 0.02 * w, w + 0.02 * spin], -1)
-
-
-@pytest.mark.parametrize("vector", ["sync", "envpool"])
-def test_no_transition_is_a_fake_one(vector):
-    """Each transition obeys the physics: none leads from the end of an episode to the start of the next."""
-    if vector == "envpool":
-        pytest.importorskip("envpool")
-    rows, _ = play("CartPole-v1", vector)
-    for row in rows:
-        np.testing.assert_allclose(row["final_obs"], cartpole_step(row["obs"], row["action"]), rtol=1e-4, atol=1e-5)
-        fell = (np.abs(row["final_obs"][:, 2]) > 12 * math.pi / 180) | (np.abs(row["final_obs"][:, 0]) > 2.4)
-        np.testing.assert_array_equal(row["terminated"], fell)
-        assert (np.abs(row["next_obs"][fell]) <= 0.05).all() and (row["reward"] == 1).all()
-    assert sum(row["terminated"].sum() for row in rows) > 10
-
-
-@pytest.mark.parametrize("vector", ["sync", "envpool"])
-def test_seed_decides_where_episodes_start(vector):
-    if vector == "envpool":
-        pytest.importorskip("envpool")
-    one, again, other = (play("CartPole-v1", vector, seed, steps=1)[0][0]["obs"] for seed in (3, 3, 4))
-    assert np.array_equal(one, again) and len(np.unique([one, other])) == 2 * one.size
-
-
-def test_envpool_truncates_after_as_many_steps_as_gymnasium():
-    pytest.importorskip("envpool")
-    for vector in ("sync", "envpool"):
-        rows, _ = play("Pendulum-v1", vector, steps=610)
-        ends = [t for t, row in enumerate(rows, 1) if row["truncated"].any()]
-        assert ends == [200, 400, 600] and not any(row["terminated"].any() for row in rows)
-
-
-@pytest.mark.parametrize("env_id, vector", [("TinyBox-v0", "sync"), ("TinyBox-v0", "async"), ("TinyEnds-v0", "sync"),
-                                            ("Hopper-v4", "sync"), ("Pendulum-v1", "envpool")])
-def test_a_chunk_plays_its_actions_one_after_another_until_the_episode_ends(env_id, vector):
-    """Chunks of 3 in one environment are what its copies, one action at a time, would have seen."""
-    if vector == "envpool":
-        pytest.importorskip("envpool")
-    H, N = 3, 2
-    env, seeds = VectorEnv(env_id, N, CPU, vector, chunk=H), []
-    reset, A = env.envs.reset, env.act_dim // 3
-    env.envs.reset = lambda seed: (seeds.append(seed), reset(seed=seed))[1]
-    env.reset(5)
-    alone = [gym.make(env_id, disable_env_checker=True) for _ in range(N)]
-    for one, seed in zip(alone, seeds[0]):
-        one.reset(seed=seed)
-    low, high, broken, rng = env.act_space.low[:A], env.act_space.high[:A], 0, torch.Generator().manual_seed(0)
-    for t in range(80 if vector != "envpool" else 66):  # EnvPool's own dynamics and seeds differ: count its steps only
-        action = 1.5 * torch.randn(N, H * A, generator=rng)
-        next_obs, reward, terminated, truncated, final_obs = env.step(action)
-        assert reward.shape == (N, H)
-        if vector == "envpool":
-            left = 200 - 3 * t  # Pendulum's episodes have 200 steps
-            assert reward.isfinite().sum(1).tolist() == [3] * N and not truncated.any()
-            continue
-        for i, one in enumerate(alone):
-            rewards, ended = [], False
-            for part in (action[i].numpy().reshape(H, A).clip(-1, 1) + 1) / 2:
-                if not ended:
-                    obs, r, dead, cut, _ = one.step(np.float32(low + part * (high - low)))
-                    rewards, ended = rewards + [r], dead or cut
-            rewards += [np.nan] * (H - len(rewards))
-            np.testing.assert_allclose(reward[i], rewards, rtol=1e-4)
-            np.testing.assert_allclose(final_obs[i], np.float32(obs).ravel(), rtol=1e-4, atol=1e-4)
-            assert (terminated[i], truncated[i]) == (dead, cut)
-            if ended:
-                broken += np.isnan(rewards).any()
-                np.testing.assert_allclose(next_obs[i], np.float32(one.reset()[0]).ravel(), rtol=1e-5)
-    if vector == "envpool":
-        _, reward, _, truncated, _ = env.step(action)
-        assert left == 5 and reward.isfinite().sum(1).tolist() == [2] * N and truncated.all()
-    env.close()
-    assert broken or vector == "envpool"
-
-
-@pytest.mark.parametrize("env", ["TinyBox-v0", "TinyEnds-v0"])  # one truncates inside a chunk, one terminates
-def test_a_chunk_is_one_decision_whose_rewards_are_discounted_step_by_step(monkeypatch, env):
-    H, gamma, lam = 3, 0.9, 0.8
-    given = dict(action_chunk=H, gamma=gamma, gae_lambda=lam, norm_reward=False, norm_obs=False, total_timesteps=768)
-    trainer, batches = ncdpo.Trainer(config(env=env, **given)), []
-    shaken(trainer.agent.critic)
-    monkeypatch.setattr(ncdpo, "update", lambda *given, **more: batches.append(given[-1]) or {})
-    row, rollout, V = trainer.iterate(), trainer.rollout, lambda obs: trainer.agent.value(obs).item()
-    assert trainer.updates == 4 and row["step"] == 2 * 32 * H
-    with torch.no_grad():
-        for n in range(2):
-            trace, expected = 0.0, np.zeros(32)
-            for t in reversed(range(32)):
-                rewards = [r for r in rollout.reward[t, n].tolist() if not math.isnan(r)]
-                there = 0.0 if rollout.terminated[t, n] else V(rollout.final_obs[t, n])
-                ahead = sum(gamma**i * r for i, r in enumerate(rewards)) + gamma ** len(rewards) * there
-                trace = ahead - V(rollout.obs[t, n]) + (0 if rollout.ended[t, n] else gamma**H * lam * trace)
-                expected[t] = trace
-            got = batches[0]["advantage"].view(32, 2)[:, n]
-            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
-    assert row["length"] == (8 if env == "TinyBox-v0" else 7)
-
-
-# --- 6  rollout and advantages ---------------------------------------------------------------------------------------
-
-def test_omega_is_drawn_afresh_at_each_step():  # E9
-    trainer = ncdpo.Trainer(config(env="Pendulum-v1", num_steps=400, total_timesteps=800))
-    trainer.obs = trainer.rollout.collect(trainer.env, trainer.agent, trainer.act, trainer.obs)
-    omega = trainer.rollout.latent
-    assert omega.shape == (400, 2, 5, 1) and len(omega.unique()) > 0.99 * omega.numel()
-    n = omega.numel()
-    assert abs(omega.mean()) < 5 / n**0.5 and abs(omega.var() - 1) < 5 * (2 / n) ** 0.5
-    assert abs((omega[1:] * omega[:-1]).mean()) < 5 / n**0.5
-
-
-@pytest.mark.parametrize("algo", ALGORITHMS)
-@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-def test_first_minibatch_after_a_rollout_has_ratio_one(algo, env):  # E11
-    trainer = ncdpo.Trainer(config(algo=algo, env=env, update_epochs=1, minibatch_size=64))
-    for _ in range(2):  # in the second, weights and normalisers have moved on from their first values
-        row = trainer.iterate()
-        assert abs(row["approx_kl"]) < 1e-6 and row["clip_fraction"] == 0 and row["grad_norm"] > 0
+def test_the_core_runs_when_it_is_pasted_elsewhere():
+    """Sections 1 to 4 alone learn a bandit whose best action is a function of the observation."""
+    source = (HERE / "ncdpo.py").read_text()
+    core = source[source.index("# ===== 1  Noise schedule"):source.index("# ===== 5")]
+    assert not [word for word in ("Config", "gym", "DPPO", "np.") if word in core]
+    there = {"__name__": "elsewhere"}
+    exec("from __future__ import annotations\nimport math, torch\nimport torch.nn as nn\n"
+         "from torch.nn import functional as F\n" + core, there)
+    policy, critic = there["NCDPO"](2, 2, steps=3, hidden=32), there["mlp"](2, 32, 1, "silu", gain=1.0)
+    adam = torch.optim.Adam([*policy.parameters(), *critic.parameters()], 3e-3)
+    rewards = []
+    for _ in range(60):
+        obs = torch.rand(256, 2) * 2 - 1
+        with torch.no_grad():
+            action, kept = policy.act(obs, *policy.noise(256))
+            reward = -(action - 0.8 * obs.flip(1)).square().sum(1)
+            batch = dict(obs=obs, action=action, latent=kept, log_prob=policy.log_prob(obs, action, kept),
+                         advantage=reward - critic(obs)[:, 0], target=reward)
+        there["ppo_update"](partial(there["ppo_loss"], policy, critic), batch, adam, minibatch_size=128)
+        rewards.append(reward.mean().item())
+    untrained, perfect = -2 * (0.8**2 / 3 + 0.22**2), -2 * 0.22**2  # of the zero action and of the best one
+    assert rewards[0] == pytest.approx(untrained, abs=0.1) and np.mean(rewards[-5:]) > 1.5 * perfect
 
 
 def random_rollout(T=40, N=3):
@@ -746,15 +545,305 @@ def test_advantages_are_the_discounted_sum_of_td_errors_within_an_episode(float6
         assert A[t, n].item() == pytest.approx(float(expected))
 
 
-def test_return_bootstraps_through_truncation_and_not_through_termination(float64):
-    reward, value, final_value, terminated, ended = arguments = random_rollout()
-    target = ncdpo.advantages(*arguments, 0.9, 1.0) + value
-    for t, n in np.ndindex(*target.shape):
-        end = t + int(torch.cat([ended[t:, n], torch.ones(1)]).argmax())
-        last = min(end, len(target) - 1)
-        expected = sum(0.9 ** (i - t) * reward[i, n] for i in range(t, last + 1))
-        expected += 0.9 ** (last + 1 - t) * (1 - terminated[last, n]) * final_value[last, n]
-        assert target[t, n].item() == pytest.approx(float(expected))
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_ppo_loss_is_the_clipped_objective(float64, algo):  # E11, E12, E15
+    c = config(algo=algo, denoising_steps=3, gamma_denoising=0.5, clip_coef_first=0.05 if algo == "dppo" else None)
+    agent, obs = shaken(ncdpo.Agent(c, 3, 2, False)), torch.randn(40, 3)
+    action, log_prob, latent = agent.policy.sample(obs)
+    log_prob = log_prob.detach()
+    old, advantage, target = log_prob + 0.3 * torch.randn_like(log_prob), 5 + torch.randn(40), torch.randn(40)
+    loss, diagnostics = ncdpo.ppo_loss(agent.policy, agent.critic, obs, action, latent, old, advantage, target,
+                                       vf_coef=0.7, ent_coef=0.03)
+    normal = (advantage - advantage.mean()) / advantage.std()
+    terms, kls, clipped, M = [], [], [], log_prob[0].numel()
+    for b, m in np.ndindex(40, M):
+        r = (log_prob - old).reshape(40, M)[b, m].exp().item()
+        A = normal[b].item() * 0.5 ** (M - 1 - m)
+        clip = 0.2 if algo != "dppo" else 0.05 + 0.15 * (math.exp(3 * m / 2) - 1) / (math.exp(3) - 1)
+        terms.append(-min(r * A, min(max(r, 1 - clip), 1 + clip) * A))
+        kls.append(r - 1 - math.log(r))
+        clipped.append(not 1 - clip <= r <= 1 + clip)
+    value_loss = (agent.critic(obs)[:, 0] - target).square().mean().item() / 2
+    entropy = Normal(torch.zeros(2), agent.policy.head.log_std.exp()).entropy().sum().item()
+    assert diagnostics == pytest.approx(dict(policy_loss=np.mean(terms), value_loss=value_loss, entropy=entropy,
+                                             approx_kl=np.sum(kls) / 40, clip_fraction=np.mean(clipped)), rel=1e-6)
+    assert loss.item() == pytest.approx(np.mean(terms) + 0.7 * value_loss - 0.03 * entropy, rel=1e-6)
+
+
+def test_clip_is_the_same_for_all_of_dppos_steps_unless_the_first_ones_is_given():
+    assert make_policy("dppo", denoising_steps=5).clip_scale.tolist() == [1] * 5
+    scale = make_policy("dppo", denoising_steps=5, clip_coef=0.4, clip_coef_first=0.1).clip_scale
+    assert (0.4 * scale[[0, -1]]).tolist() == pytest.approx([0.1, 0.4]) and (scale.diff() > 0).all()
+
+
+def descend(size, kl=0.0, **given):
+    """`ppo_update` on the loss 100 v + 10 w by plain gradient descent, each a group of its own: the minibatches
+    taken, where v and w went, the diagnostics.
+    """
+    v, w, picks = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.zeros(())), []
+
+    def loss(obs):
+        picks.append(obs.tolist())
+        kls = torch.tensor(2 * kl * (len(picks) % 2))  # two minibatches have the mean `kl`
+        return 100 * v + 10 * w, {"nothing": torch.tensor(0.0), "approx_kl": kls, "taken": obs.min() * 1.0}
+
+    sgd = torch.optim.SGD([{"params": [v]}, {"params": [w]}], lr=1.0)
+    row = ncdpo.ppo_update(loss, {"obs": torch.arange(size)}, sgd, **given)
+    return picks, v.item(), w.item(), row
+
+
+def test_update_takes_whole_minibatches_in_a_new_order_each_epoch_and_clips_each_groups_gradient():
+    picks, v, w, row = descend(110, epochs=3, minibatch_size=50, max_grad_norm=0.5)
+    assert [len(pick) for pick in picks] == [50] * 6  # 10 are left out of each epoch
+    epochs = [picks[i] + picks[i + 1] for i in (0, 2, 4)]
+    assert all(len(set(epoch)) == 100 and epoch != sorted(epoch) for epoch in epochs) and epochs[0] != epochs[1]
+    assert (v, w) == pytest.approx((-0.5 * 6, -0.5 * 6)) and row["grad_norm"] == pytest.approx(100)
+    assert row["taken"] == pytest.approx(np.mean([min(pick) for pick in picks]))  # the mean over all minibatches
+
+
+@pytest.mark.parametrize("kl, minibatches", [(0.03, 8), (0.06, 2)])
+def test_target_kl_is_compared_with_the_mean_of_each_epoch(kl, minibatches):
+    assert len(descend(100, kl, epochs=4, minibatch_size=50, target_kl=0.05)[0]) == minibatches
+
+
+# --- 6  environments -------------------------------------------------------------------------------------------------
+
+def play(env_id, vector, seed=3, num_envs=3, steps=210, chunk=1):
+    """Random actions, many of them out of bounds: a dictionary of arrays for each step, and the seeds used."""
+    env, seeds = VectorEnv(env_id, num_envs, CPU, vector, chunk), []
+    reset, rng = env.envs.reset, torch.Generator().manual_seed(seed)
+    env.envs.reset = lambda new: seeds.extend(new) or reset(new)
+    obs, rows = env.reset(seed), []
+    for _ in range(steps):
+        if env.discrete:
+            action = torch.randint(env.act_dim, (num_envs,), generator=rng)
+        else:
+            action = 1.5 * torch.randn(num_envs, env.act_dim, generator=rng)
+        next_obs, reward, terminated, truncated, final_obs = env.step(action)
+        row = dict(obs=obs, action=action, reward=reward, terminated=terminated, truncated=truncated,
+                   final_obs=final_obs, next_obs=next_obs)
+        rows.append({name: tensor.numpy() for name, tensor in row.items()})
+        obs = next_obs
+    env.close()
+    return rows, seeds
+
+
+@pytest.mark.parametrize("env_id, vector, chunk", [
+    ("CartPole-v1", "auto", 1), ("Pendulum-v1", "auto", 1), ("Tiny-v0", "sync", 1), ("TinyBox-v0", "sync", 1),
+    ("TinyBox-v0", "sync", 3), ("TinyBox-v0", "async", 3), ("TinyEnds-v0", "sync", 3), ("Hopper-v4", "sync", 3),
+    ("Hopper-v4", "auto", 3), ("InvertedPendulum-v5", "auto", 4)])
+def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
+    """Also where the actions of a chunk are played one after another, until its episode ends."""
+    rows, seeds = play(env_id, vector, chunk=chunk, steps=210 if chunk == 1 else 80)
+    ends, cut_short = 0, False
+    for i, seed in enumerate(seeds):
+        alone = make_env(env_id)
+        obs, space = alone.reset(seed=seed)[0], alone.action_space
+        for row in rows:
+            np.testing.assert_allclose(row["obs"][i], np.float32(obs).ravel(), rtol=1e-5, atol=1e-5)
+            rewards = []
+            for part in np.split(np.atleast_1d(row["action"][i]), chunk):
+                if isinstance(space, gym.spaces.Discrete):
+                    action = part[0] + space.start
+                else:
+                    action = np.float32(space.low + (np.float64(part).clip(-1, 1) + 1) / 2 * (space.high - space.low))
+                obs, reward, *ended, _ = alone.step(action)
+                rewards.append(reward)
+                if any(ended):
+                    break
+            cut_short |= len(rewards) < chunk
+            np.testing.assert_allclose(row["final_obs"][i], np.float32(obs).ravel(), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(row["reward"][i], rewards + [np.nan] * (chunk - len(rewards)), rtol=1e-5)
+            assert [row["terminated"][i], row["truncated"][i]] == ended
+            assert np.array_equal(row["final_obs"][i], row["next_obs"][i]) != any(ended)
+            if any(ended):
+                ends += 1
+                obs = alone.reset()[0]
+    assert ends >= len(seeds) and len(set(seeds)) == len(seeds) and cut_short == (chunk > 1)
+
+
+@pytest.mark.parametrize("env_id, one, other, chunk", [
+    ("CartPole-v1", "sync", "async", 1), ("TinyBox-v0", "sync", "async", 1),
+    ("Hopper-v4", "sync", "auto", 1), ("Hopper-v4", "sync", "auto", 3)])
+def test_all_simulators_give_the_same_trajectories(env_id, one, other, chunk):
+    ended = 0
+    for one, other in zip(*(play(env_id, vector, steps=60, chunk=chunk)[0] for vector in (one, other)), strict=True):
+        for name in one:
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-5)
+        ended += one["terminated"].sum() + one["truncated"].sum()
+    assert ended > 3
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v4"])
+def test_seed_decides_where_episodes_start(env_id):
+    one, again, other = (play(env_id, "auto", seed, steps=1)[0][0]["obs"] for seed in (3, 3, 4))
+    assert np.array_equal(one, again) and not np.isin(one, other).any()
+
+
+# --- 6  MuJoCo in batches, against Gymnasium --------------------------------------------------------------------------
+
+batched = pytest.mark.skipif(not importlib.util.find_spec("mujoco.batch"), reason="a MuJoCo before 4 has no batches")
+FAMILIES = ["HalfCheetah", "Hopper", "Walker2d", "Swimmer", "InvertedPendulum", "InvertedDoublePendulum"]
+MUJOCO = [f"{family}-{version}" for family in FAMILIES for version in ("v4", "v5")] + ["Ant-v4"]
+SHOWN = dict(exclude_current_positions_from_observation=False)
+CHANGED = [
+    ("HalfCheetah-v4", dict(ctrl_cost_weight=0.3, forward_reward_weight=0.7, reset_noise_scale=0.2, **SHOWN)),
+    ("Swimmer-v5", dict(ctrl_cost_weight=0.3, frame_skip=3, **SHOWN)),
+    ("Hopper-v4", dict(terminate_when_unhealthy=False, healthy_reward=0.3, **SHOWN)),
+    ("Hopper-v5", dict(terminate_when_unhealthy=False, healthy_reward=0.3, frame_skip=2, healthy_state_range=(-3, 3))),
+    ("Hopper-v5", dict(healthy_state_range=(-2, 2))), ("Hopper-v4", dict(healthy_angle_range=(-9, 9))),
+    ("Walker2d-v5", dict(healthy_z_range=(1.1, 1.3), healthy_angle_range=(-9, 9), xml_file="walker2d.xml")),
+    ("Walker2d-v4", dict(healthy_angle_range=(-0.1, 0.1), healthy_z_range=(-9, 9))),
+    ("Ant-v4", dict(healthy_z_range=(0.5, 0.8), healthy_reward=0.3, **SHOWN)),
+    ("InvertedPendulum-v5", dict(reset_noise_scale=0.1, frame_skip=1)),
+    ("InvertedDoublePendulum-v5", dict(healthy_reward=0.3, reset_noise_scale=0.2)),
+]
+
+
+def both(env_id, num_envs=3, chunk=1, **changed):
+    """The batch and as many single environments, after the same seeds' resets; and a source of actions."""
+    batch = ncdpo.MujocoEnvs(ncdpo.batched_task(make_env(env_id, **changed)), num_envs, chunk)
+    singles, seeds = [make_env(env_id, **changed) for _ in range(num_envs)], list(range(num_envs))
+    batch.reset(seeds)
+    for env, seed in zip(singles, seeds):
+        env.reset(seed=seed)
+    space, rng = singles[0].action_space, np.random.default_rng(1)
+    return batch, singles, lambda: rng.uniform(space.low, space.high, (num_envs, chunk, len(space.low)))
+
+
+@batched
+@pytest.mark.parametrize("env_id, changed", [(env_id, {}) for env_id in MUJOCO] + CHANGED, ids=str)
+def test_every_batched_step_is_the_one_of_gymnasium(env_id, changed):
+    batch, singles, draw = both(env_id, max_episode_steps=70, **changed)
+    exact, outcome, ended = [], batch.task.outcome, False
+    batch.task.outcome = lambda *given: exact.append(outcome(*given)) or exact[-1]  # rewards before the cast
+    for _ in range(150):  # free-running: no error may add up, not even through ends and restarts
+        for i, data in enumerate(env.unwrapped.data for env in singles):
+            assert np.array_equal(batch.pool.qpos[i], data.qpos) and np.array_equal(batch.pool.qvel[i], data.qvel)
+        action = draw()
+        _, reward, terminated, truncated, final_obs = batch.step(torch.from_numpy(action[:, 0]))
+        obs = batch.task.obs(batch.pool)
+        for i, env in enumerate(singles):
+            now, r, *ends, _ = env.step(action[i, 0])
+            assert ends == [terminated[i], truncated[i]]
+            assert float(exact[-1][0][i]) == pytest.approx(r, rel=1e-12, abs=1e-12)
+            assert float(reward[i, 0]) == pytest.approx(r, rel=1e-6, abs=1e-6)
+            assert np.allclose(final_obs[i], now, rtol=1e-6, atol=1e-6)
+            ended |= any(ends)
+            now = env.reset()[0] if any(ends) else now
+            assert np.abs(obs[i].numpy() - now).max() <= (1e-15 if "Double" in env_id else 0)  # torch's sin and cos
+    assert ended  # the comparison has gone through restarts
+
+
+@batched
+def test_time_limit_and_fall_in_one_step_set_both_flags():
+    _, (env,), draw = both("Hopper-v5", 1)
+    actions = [draw()[:, 0] for _ in range(200)]
+    fall = 1 + next(i for i, action in enumerate(actions) if env.step(action[0])[2])
+    chunk = torch.from_numpy(np.concatenate(actions[:fall], 1))
+    for limit in (fall, fall - 1):  # and a fall that the episode did not live to see sets none
+        batch, (env,), _ = both("Hopper-v5", 1, chunk=fall, max_episode_steps=limit)
+        _, _, terminated, truncated, _ = batch.step(chunk)
+        for action in actions[:limit]:
+            _, _, *ends, _ = env.step(action[0])
+        assert ends == [terminated[0], truncated[0]] == [limit == fall, True]
+
+
+@batched
+@pytest.mark.parametrize("version", ["v4", "v5"])
+def test_double_pendulum_feels_the_end_of_its_rail_and_shows_no_velocity_above_ten(version):
+    import mujoco
+    batch, singles, draw = both(f"InvertedDoublePendulum-{version}")
+    qpos, qvel = np.array([[0.99, 0, 0], [-0.99, 0, 0], [-0.9, 0, 0]]), np.zeros((3, 3))
+    qvel[2, 0], touched = 12, 0
+    batch.pool.restart(np.arange(3), torch.from_numpy(qpos), torch.from_numpy(qvel))
+    for env, *state in zip(singles, qpos, qvel):
+        mujoco.mj_resetData(env.unwrapped.model, env.unwrapped.data)
+        env.unwrapped.set_state(*state)
+    for action in ([1], [-0.5], [0.2]):
+        batch.step(torch.tensor([action, [-a for a in action], action], dtype=torch.float64))
+        now = [env.step(np.array(action) * sign)[0] for env, sign in zip(singles, (1, -1, 1))]
+        assert np.abs(batch.task.obs(batch.pool).numpy() - now).max() < 1e-15
+        touched += (np.abs(np.array(now)[:, 8]) > 0.1).sum()
+    assert touched >= 2
+
+
+@batched
+@pytest.mark.parametrize("what", ["qpos", "qvel"])
+def test_a_diverged_environment_terminates_and_does_not_poison_the_others(what):
+    batch, singles, draw = both("HalfCheetah-v5", chunk=2)
+    getattr(batch.pool, what)[1] = torch.nan
+    for step in range(3):
+        action = draw()
+        obs, reward, terminated, truncated, final_obs = batch.step(torch.from_numpy(action.reshape(3, -1)))
+        assert terminated.tolist() == [False, step == 0, False] and not truncated.any()
+        assert obs.isfinite().all() and final_obs.isfinite().all() and final_obs[1].any() == (step > 0)
+        assert reward[[0, 2]].isfinite().all() and (step > 0 or (reward[1, 0] == 0 and reward[1, 1].isnan()))
+        for i, env in enumerate(singles):
+            now = env.reset()[0] if i == 1 and step == 0 else [env.step(a)[0] for a in action[i]][-1]
+            assert np.array_equal(obs[i], now.astype(np.float32))
+
+
+@batched
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 2e10])
+def test_a_bad_state_counts_as_diverged_even_before_mujoco_has_seen_it(value):
+    batch, _, _ = both("Swimmer-v5")
+    batch.pool.qvel[1, 0] = value
+    assert batch.pool.diverged().tolist() == [False, True, False]
+    batch._start(np.array([1]))
+    assert not batch.pool.diverged().any()
+
+
+@batched
+def test_only_tasks_whose_formulas_are_known_are_batched(monkeypatch):
+    from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+
+    class Mine(HopperEnv):
+        __module__ = "mine.hopper_v5"
+
+    others = [make_env(name) for name in ("Ant-v5", "Humanoid-v5", "Reacher-v4", "CartPole-v1", "Hopper-v5")]
+    others[-1].unwrapped.model.opt.enableflags = 1
+    others += [Mine(), make_env("Ant-v4", use_contact_forces=True)]
+    others += [gym.wrappers.ClipReward(make_env("Ant-v4"), -1, 1), gym.wrappers.ClipAction(make_env("Hopper-v5"))]
+    assert not any(map(ncdpo.batched_task, others)) and all(ncdpo.batched_task(make_env(name)) for name in MUJOCO)
+    assert ncdpo.batched_task(HopperEnv()).limit == np.inf and ncdpo.batched_task(make_env("Hopper-v5")).limit == 1000
+    for env_id, vector, served in (("Hopper-v5", "auto", "batched"), ("Hopper-v5", "sync", "sync"),
+                                   ("CartPole-v1", "auto", "sync")):
+        assert VectorEnv(env_id, 1, CPU, vector).vector == served
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # a MuJoCo before 4
+    assert ncdpo.batched_task(HopperEnv()) is None
+
+
+# --- 7 and 10  rollout and update ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def batches(monkeypatch):
+    """What ppo_update would have learnt from: batch, loss function, optimizer and settings of each update."""
+    taken = []
+    monkeypatch.setattr(ncdpo, "ppo_update", lambda loss, batch, *more: taken.append((batch, loss, *more)) or {})
+    return taken
+
+
+def test_all_noise_is_drawn_afresh_at_each_step():  # E9
+    trainer = ncdpo.Trainer(config(env="Pendulum-v1", num_steps=400, total_timesteps=800))
+    trainer.rollout.collect(trainer.env, trainer.policy, trainer.act, trainer.obs)
+    omega = trainer.rollout.latent
+    mean = trainer.policy.mean(trainer.agent.normalize(trainer.rollout.obs).flatten(0, 1), omega.flatten(0, 1))
+    final = (trainer.rollout.action - mean.view(400, 2, 1)).detach() / 0.22
+    for noise in (omega, final):
+        n = noise.numel()
+        assert len(noise.unique()) > 0.99 * n and abs((noise[1:] * noise[:-1]).mean()) < 5 / n**0.5
+        assert abs(noise.mean()) < 5 / n**0.5 and abs(noise.var() - 1) < 5 * (2 / n) ** 0.5
+    assert omega.shape == (400, 2, 5, 1)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_first_minibatch_after_a_rollout_has_ratio_one(algo, env):  # E11
+    trainer = ncdpo.Trainer(config(algo=algo, env=env, update_epochs=1, minibatch_size=64))
+    for _ in range(2):  # in the second, weights and normalisers have moved on from their first values
+        row = trainer.iterate()
+        assert abs(row["approx_kl"]) < 1e-6 and row["clip_fraction"] == 0 and row["grad_norm"] > 0
 
 
 def test_discounted_sums_start_again_with_each_episode_and_go_on_across_rollouts(float64):
@@ -769,163 +858,114 @@ def test_discounted_sums_start_again_with_each_episode_and_go_on_across_rollouts
 
 def test_episodes_are_counted_across_rollouts():
     rollout = ncdpo.Trainer(config()).rollout
-    rollout.reward = torch.tensor([[1.0, 10], [2, 20], [3, 30]])[..., None]
+    cut = torch.tensor([math.nan, 0.5]).expand(3, 2)  # one environment plays half of each chunk, the other all of it
+    rollout.reward = torch.stack([torch.tensor([[1.0, 10], [2, 20], [3, 30]]), cut], -1)
     rollout.ended = torch.tensor([[0.0, 0], [1, 0], [0, 0]])
     assert rollout.finished().tolist() == [[3, 2]]
     rollout.ended = torch.tensor([[0.0, 1], [1, 1], [1, 0]])
-    assert rollout.finished().tolist() == [[70, 4], [6, 3], [20, 1], [3, 1]]
+    assert rollout.finished().tolist() == [[72, 8], [6, 3], [20.5, 2], [3, 1]]
 
 
-# --- 7  PPO update ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("algo, env, H, norm_obs", [
+    ("ncdpo", "CartPole-v1", 1, True), ("dppo", "TinyBox-v0", 1, False),  # the first terminates, the second truncates
+    ("ncdpo", "TinyBox-v0", 3, True), ("ncdpo", "TinyEnds-v0", 3, False)])  # also in the middle of a chunk
+def test_update_learns_from_the_decisions_played(monkeypatch, batches, algo, env, H, norm_obs):  # E10, E12
+    """The second update against loops over its steps: discount g a step, so g^H a decision."""
+    g, lam, coefficients = 0.9, 0.8, dict(clip_coef=0.1, vf_coef=0.7, ent_coef=0.03)
+    trainer = ncdpo.Trainer(config(algo=algo, env=env, action_chunk=H, gamma=g, gae_lambda=lam, norm_obs=norm_obs,
+                                   target_kl=0.3, max_grad_norm=0.7, total_timesteps=256 * H, **coefficients))
+    step, starts, steps, agent = trainer.env.step, trainer.obs, [], trainer.agent
+    shaken(agent)
+    trainer.env.step = lambda action: steps.append(step(action)) or steps[-1]
+    monkeypatch.setattr(ncdpo, "chain_gradient", lambda *_: (np.array([9.0, 2.0, 8.0]), 0.25))
+    trainer.iterate()
+    row = trainer.iterate()
+    obs, rewards, terminated, truncated, led = (torch.stack(x) for x in zip(*steps))
+    obs, ended, seen = torch.cat([starts[None], obs[:-1]]), terminated | truncated, obs[:31]
+    if norm_obs:  # a rollout's own observations count only from the next one on
+        seen = obs[:32].flatten(0, 1)
+        obs, led = (((x - seen.mean(0)) / (seen.var(0, correction=0) + 1e-8).sqrt()).clamp(-10, 10) for x in (obs, led))
+    with torch.no_grad():
+        value, there = (agent.critic(x)[..., 0] for x in (obs, led))
+    reward, sums, A = (g ** torch.arange(H) * rewards).nansum(-1), torch.zeros(65, 2), torch.zeros(65, 2)
+    for t in range(64):
+        sums[t + 1] = g**H * sums[t] * (~ended[t - 1] if t else 1) + reward[t]
+    scale = sums[1:].std(correction=0)
+    for t in reversed(range(32, 64)):
+        ahead = reward[t] / scale + g ** rewards[t].isfinite().sum(-1) * ~terminated[t] * there[t]
+        A[t] = ahead - value[t] + g**H * lam * ~ended[t] * A[t + 1]
+    batch, loss, optimizer, *more = batches[1]
+    expected = dict(obs=obs[32:], advantage=A[32:64], target=A[32:64] + value[32:])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(batch[name], tensor.flatten(0, 1), rtol=1e-3, atol=1e-3)
+    assert optimizer is trainer.optimizer and more == [2, 32, 0.7, 0.3] and ended[32:].any()
+    assert loss(**batch)[0] == ncdpo.ppo_loss(agent.policy, agent.critic, **batch, **coefficients)[0]
+    explained = 1 - float(expected["advantage"].var() / expected["target"].var())
+    assert row["explained_variance"] == pytest.approx(explained, abs=1e-3) and row["step"] == 2 * 2 * 32 * H
+    assert algo != "ncdpo" or (row["chain_gradient_ratio"], row["chain_clipped"]) == (2 / 8, 0.25)
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-@pytest.mark.parametrize("clip_vloss", [False, True])
-def test_ppo_loss_is_the_clipped_objective(float64, algo, clip_vloss):  # E11, E12, E15
-    c = config(algo=algo, denoising_steps=3, clip_vloss=clip_vloss, ent_coef=0.03, vf_coef=0.7, gamma_denoising=0.5)
-    agent, obs = shaken(ncdpo.Agent(c, 3, 2, False)), torch.randn(40, 3)
-    action, log_prob, latent = agent.policy.sample(obs)
-    log_prob = log_prob.detach()
-    old, old_value, advantage, target = log_prob + 0.3 * torch.randn_like(log_prob), *torch.randn(3, 40)
-    loss, diagnostics = ncdpo.ppo_loss(agent, c, obs, action, latent, old, old_value, advantage, target)
 
-    normal = (advantage - advantage.mean()) / advantage.std()
-    terms, kls, clipped, M = [], [], [], log_prob.shape[1]
-    for b, m in np.ndindex(40, M):
-        r = math.exp(log_prob[b, m] - old[b, m])
-        A = normal[b].item() * 0.5 ** (M - 1 - m)
-        terms.append(-min(r * A, min(max(r, 0.8), 1.2) * A))
-        kls.append(r - 1 - math.log(r))
-        clipped.append(not 0.8 <= r <= 1.2)
-    value = agent.critic(obs)[:, 0].detach().numpy()
-    errors = (value - target.numpy()) ** 2
-    if clip_vloss:
-        near = old_value.numpy() + np.clip(value - old_value.numpy(), -0.2, 0.2)
-        errors = np.maximum(errors, (near - target.numpy()) ** 2)
-    std = agent.policy.head.log_std.exp()
-    expected = [np.mean(terms), errors.mean() / 2, Normal(torch.zeros(2), std).entropy().sum().item(),
-                np.sum(kls) / 40, np.mean(clipped)]
-    assert diagnostics.tolist() == pytest.approx(expected, rel=1e-6)
-    assert loss.item() == pytest.approx(expected[0] + 0.7 * expected[1] - 0.03 * expected[2], rel=1e-6)
+def test_scaled_rewards_are_clipped_to_ten(batches):
+    trainer = ncdpo.Trainer(config(gamma=0.0))  # without a future, the target is the scaled reward
+    trainer.agent.reward_norm.var.fill_(1e-6)
+    trainer.agent.reward_norm.count.fill_(1e9)
+    trainer.iterate()
+    torch.testing.assert_close(batches[0][0]["target"], torch.full((64,), 10.0))
+
+
+@pytest.mark.parametrize("critics_own", [None, 2e-3])
+def test_adam_takes_the_learning_rates_of_the_update(critics_own):
+    trainer, taken = ncdpo.Trainer(config(critic_learning_rate=critics_own, update_epochs=1, minibatch_size=64)), []
+    trainer.optimizer.register_step_post_hook(lambda adam, *_: taken.append([g["lr"] for g in adam.param_groups]))
+    for _ in range(4):
+        trainer.iterate()
+    rates = [5e-4, 2e-3] if critics_own else [5e-4]
+    np.testing.assert_allclose(taken, np.array([[1], [0.75], [0.5], [0.25]]) * rates)
+    sizes = [sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups]
+    parts = [sum(p.numel() for p in part.parameters()) for part in (trainer.policy, trainer.critic)]
+    assert sizes == (parts if critics_own else [sum(parts)])
+
+
+@pytest.mark.parametrize("algo, discrete", [("ncdpo", False), ("dppo", False), ("ncdpo", True)])
+def test_mean_log_prob_divides_a_box_actions_log_ratio_by_its_coordinates(algo, discrete):
+    """So a log-ratio of d has the loss that one of d / 6 has without the flag: chunks of 3 actions of 2 coordinates."""
+    losses, chunk, d = [], 1 if discrete else 3, 0.3
+    for mean, shift in ((True, d), (False, d if discrete else d / 6)):
+        torch.manual_seed(1)
+        trainer = ncdpo.Trainer(config(env="Tiny-v0" if discrete else "TinyBox-v0", algo=algo, action_chunk=chunk,
+                                       mean_log_prob=mean, vf_coef=0.0))
+        obs = torch.randn(64, 6)
+        action, log_prob, latent = trainer.policy.sample(obs)
+        old = log_prob.detach() - shift * torch.linspace(-1, 1, 64).view(-1, *[1] * (log_prob.dim() - 1))
+        losses.append(trainer.loss(obs=obs, action=action, latent=latent, log_prob=old, advantage=torch.randn(64),
+                                   target=torch.zeros(64))[1])
+    one, other = ([x.item() for x in diagnostics.values()] for diagnostics in losses)
+    assert one == pytest.approx(other, rel=1e-3, abs=1e-6) and losses[0]["approx_kl"] > 1e-5
 
 
 def test_chain_gradient_measures_the_gradient_at_each_denoising_step(float64):  # E13
-    agent, B = shaken(ncdpo.Agent(config(denoising_steps=4, clip_denoised=WIDE), 3, 2, False)), 6
+    policy, B = make_policy(denoising_steps=4), 6
     obs, action, omega, advantage = torch.randn(B, 3), torch.randn(B, 2), torch.randn(B, 4, 2), torch.randn(B)
-    norms, clipped = ncdpo.chain_gradient(agent, obs, action, omega, advantage)
-    mean = agent.policy.mean(obs, omega.requires_grad_())
-    at_x0 = (-advantage[:, None] * (action - mean) / agent.policy.head.log_std.exp() ** 2 / B).detach()
+    norms, clipped = ncdpo.chain_gradient(policy, obs, action, omega, advantage)
+    mean = policy.mean(obs, omega.requires_grad_())
+    at_x0 = (-advantage[:, None] * (action - mean) / policy.head.log_std.exp() ** 2 / B).detach()
     at_omega, = torch.autograd.grad((mean * at_x0).sum(), omega)
     assert len(norms) == 5 and clipped == 0
     assert (norms[0], norms[-1]) == pytest.approx((at_omega[:, 0].norm().item(), at_x0.norm().item()))
+    policy.schedule.clip = mean.abs().median().item()
+    share = (policy.mean(obs, omega).abs() == policy.schedule.clip).double().mean().item()
+    assert ncdpo.chain_gradient(policy, obs, action, omega, advantage)[1] == pytest.approx(share) and 0 < share < 1
 
 
 @pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
 def test_chain_std_is_the_deviation_of_the_action_over_the_chains_noise(algo):  # E17
-    agent = ncdpo.Agent(config(algo=algo, predict="epsilon"), 3, 2, False)
-    obs = torch.randn(1, 3)
-    actions = agent.policy.sample(obs.expand(20_000, 3), deterministic=True)[0]
-    expected = actions.var(0).mean().sqrt().item()
+    policy = ncdpo.make_policy(config(algo=algo, predict="epsilon"), 3, 2, False)
+    obs = torch.randn(1, 3).expand(20_000, 3)
+    actions = policy.sample(obs, deterministic=True)[0]
+    expected, before = actions.var(0).mean().sqrt().item(), torch.get_rng_state()
     assert expected > 0.05
-    assert ncdpo.chain_std(agent, obs.expand(20_000, 3)) == pytest.approx(expected, rel=0.03)
-
-
-@pytest.mark.parametrize("target_kl, updates", [(None, 8 * 2), (1e-8, 2)])
-def test_target_kl_stops_the_epochs(target_kl, updates):
-    trainer, steps = ncdpo.Trainer(config(update_epochs=8, target_kl=target_kl)), []
-    trainer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    trainer.iterate()
-    assert len(steps) == updates
-
-
-@pytest.mark.parametrize("env", ["CartPole-v1", "TinyBox-v0"])  # the first terminates, the second truncates
-@pytest.mark.parametrize("norm", [True, False])
-def test_update_learns_from_the_steps_played(monkeypatch, env, norm):  # E10, E12
-    trainer, steps, batches = ncdpo.Trainer(config(env=env, norm_obs=norm, norm_reward=norm)), [], []
-    step, first, agent = trainer.env.step, trainer.obs, trainer.agent
-    shaken(agent.critic)
-    trainer.env.step = lambda action: steps.append(step(action)) or steps[-1]
-    monkeypatch.setattr(ncdpo, "update", lambda *given, **more: batches.append(given[-1]) or {})
-    monkeypatch.setattr(ncdpo, "chain_gradient", lambda *_: (np.array([9.0, 2.0, 8.0]), 0.0))
-    trainer.iterate()
-    row = trainer.iterate()
-
-    obs, reward, terminated, truncated, led = (torch.stack(x) for x in zip(*steps))
-    reward = reward[..., 0]
-    obs, ended, sums = torch.cat([first[None], obs[:-1]]), terminated | truncated, [torch.zeros(2)]
-    assert (terminated if env == "CartPole-v1" else truncated)[32:].any()
-    if norm:
-        for t in range(64):
-            sums.append(0.98 * sums[-1] * ~ended[t - 1] + reward[t])
-        reward = reward / torch.stack(sums[1:]).std(correction=0)
-        seen = obs[:32].flatten(0, 1)
-        obs, led = (((x - seen.mean(0)) / (seen.var(0, correction=0) + 1e-8).sqrt()).clamp(-10, 10) for x in (obs, led))
-    with torch.no_grad():
-        value, final_value = agent.critic(obs[32:])[..., 0], agent.critic(led[32:])[..., 0]
-    advantage = ncdpo.advantages(reward[32:], value, final_value, 1.0 * terminated[32:], 1.0 * ended[32:], 0.98, 0.92)
-    target = advantage + value
-    for name, expected in dict(obs=obs[32:], advantage=advantage, target=target, old_value=value).items():
-        torch.testing.assert_close(batches[1][name], expected.flatten(0, 1), rtol=1e-3, atol=1e-3)
-    assert row["explained_variance"] == pytest.approx(1 - float(advantage.var() / target.var()), abs=1e-3)
-    assert row["chain_gradient_ratio"] == 2 / 8
-
-
-@pytest.mark.parametrize("anneal, rates", [(True, [5e-4, 3.75e-4, 2.5e-4, 1.25e-4]), (False, [5e-4] * 4)])
-def test_adam_takes_the_learning_rate_of_the_update(anneal, rates):
-    trainer, taken = ncdpo.Trainer(config(anneal_lr=anneal, update_epochs=1, minibatch_size=64)), []
-    trainer.optimizer.register_step_post_hook(lambda adam, *_: taken.append(adam.param_groups[0]["lr"]))
-    for _ in rates:
-        trainer.iterate()
-    assert taken == pytest.approx(rates)
-
-
-def descend(size, kl=0.0, **given):
-    """`update` on the loss 100 w by plain gradient descent: the minibatches taken, where w went, the diagnostics."""
-    w, picks = torch.nn.Parameter(torch.zeros(())), []
-
-    def loss(obs):
-        picks.append(obs.tolist())
-        return 100 * w, torch.tensor([0, 0, 0, kl, 0])
-
-    row = ncdpo.update(None, config(**given), torch.optim.SGD([w], lr=1.0), loss, {"obs": torch.arange(size)})
-    return picks, w.item(), row
-
-
-def test_update_takes_whole_minibatches_in_a_new_order_each_epoch_and_clips_the_gradient():
-    picks, w, row = descend(110, update_epochs=3, minibatch_size=50, max_grad_norm=0.5)
-    assert [len(pick) for pick in picks] == [50] * 6  # 10 are left out of each epoch
-    epochs = [picks[i] + picks[i + 1] for i in (0, 2, 4)]
-    assert all(len(set(epoch)) == 100 and epoch != sorted(epoch) for epoch in epochs) and epochs[0] != epochs[1]
-    assert w == pytest.approx(-0.5 * 6) and row["grad_norm"] == pytest.approx(100)
-
-
-@pytest.mark.parametrize("kl, minibatches", [(0.03, 8), (0.06, 2)])
-def test_target_kl_is_compared_with_the_mean_of_each_epoch(kl, minibatches):
-    assert len(descend(100, kl, update_epochs=4, minibatch_size=50, target_kl=0.05)[0]) == minibatches
-
-
-@pytest.mark.parametrize("norm_adv", [False, True])
-def test_advantages_are_normalised_only_where_asked(float64, norm_adv):  # E12; at ratio 1 the loss is -mean(A)
-    agent, obs, advantage = ncdpo.Agent(config(), 3, 2, False), torch.randn(40, 3), 5 + torch.randn(40)
-    action, log_prob, latent = agent.policy.sample(obs)
-    rest = dict(old_log_prob=log_prob.detach(), old_value=advantage, target=advantage)
-    diagnostics = ncdpo.ppo_loss(agent, config(norm_adv=norm_adv), obs, action, latent, advantage=advantage, **rest)[1]
-    assert diagnostics[0].item() == pytest.approx(0 if norm_adv else -advantage.mean().item(), abs=1e-9)
-
-
-@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
-def test_to_measure_chain_std_leaves_the_random_state_alone(algo):
-    agent, before = ncdpo.Agent(config(algo=algo), 3, 2, False), torch.get_rng_state()
-    ncdpo.chain_std(agent, torch.zeros(4, 3))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_scaled_rewards_are_clipped_to_ten(monkeypatch):
-    trainer, batches = ncdpo.Trainer(config(gamma=0.0)), []  # without a future, the target is the scaled reward
-    trainer.agent.reward_norm.var.fill_(1e-6)
-    trainer.agent.reward_norm.count.fill_(1e9)
-    monkeypatch.setattr(ncdpo, "update", lambda *given, **more: batches.append(given[-1]) or {})
-    trainer.iterate()
-    torch.testing.assert_close(batches[0]["target"], torch.full((64,), 10.0))
+    assert ncdpo.chain_std(policy, obs) == pytest.approx(expected, rel=0.03)
+    assert torch.equal(torch.get_rng_state(), before)  # to measure does not change the run
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -933,27 +973,28 @@ def test_scaled_rewards_are_clipped_to_ten(monkeypatch):
 def test_compiled_loss_and_gradients_equal_the_plain_ones():
     results = []
     for switch in (False, True):
-        trainer = ncdpo.Trainer(config(env="Pendulum-v1", compile=switch))
+        trainer = ncdpo.Trainer(config(env="Pendulum-v1", compile=switch, denoising_steps=2))
         torch.manual_seed(1)
         agent, obs = shaken(trainer.agent), torch.randn(64, 3)
-        latent, noise = agent.policy.noise(64, CPU)
         with torch.no_grad():
-            action, log_prob, _ = trainer.act(obs, latent, noise)
-        rest = dict(zip(("old_value", "advantage", "target"), torch.randn(3, 64)))
-        old = log_prob + 0.1 * torch.randn(64, 1)
-        loss, diagnostics = trainer.loss(obs=obs, action=action, latent=latent, old_log_prob=old, **rest)
+            action, log_prob, latent = trainer.policy.sample(obs)
+        rest = dict(zip(("log_prob", "advantage", "target"), torch.randn(3, 64)))
+        rest["log_prob"] = log_prob + 0.1 * rest["log_prob"]
+        loss, diagnostics = trainer.loss(obs=obs, action=action, latent=latent, **rest)
         loss.backward()
-        results.append([action, log_prob, loss, diagnostics, *(p.grad for p in agent.parameters())])
+        results.append([action, log_prob, loss, *diagnostics.values(), *(p.grad for p in agent.parameters())])
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("algo, steps, compiled", [("ncdpo", 0, 2), ("ncdpo", 1, 0), ("dppo", 1, 1), ("ppo", 1, 2)])
-def test_a_loop_over_a_long_chain_is_not_compiled(monkeypatch, algo, steps, compiled):
+@pytest.mark.parametrize("given, compiled", [
+    (dict(), 1), (dict(denoising_steps=10), 1), (dict(denoising_steps=11), 0), (dict(algo="ppo"), 1),
+    (dict(algo="dppo", denoising_steps=20), 1), (dict(algo="dppo", denoising_steps=20, scored_steps=9), 0)])
+def test_a_loop_over_a_long_chain_is_not_compiled(monkeypatch, given, compiled):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: calls.append(function) or function)
-    ncdpo.Trainer(config(algo=algo, denoising_steps=4 + steps, compile_chain=4, compile=True)).iterate()
-    assert len(calls) == 1 + compiled  # the first is a trial
+    ncdpo.Trainer(config(compile=True, **given))
+    assert len(calls) == compiled
 
 
 def test_training_goes_on_with_one_warning_where_torch_compile_fails(monkeypatch):
@@ -979,16 +1020,11 @@ def tiny_demos(lengths=(9, 2, 12, 7), seed=0):
             action = np.array([episode / 10, 3 + t / 10], np.float32)
             rows.append((np.array([episode, t, 0, 0, 0, 0], np.float32), action, rng.normal(),
                          t == length - 1 and episode % 2 == 0, t == length - 1 and episode % 2 == 1))
-    return dict(zip(ncdpo.D4RL_NAMES, (np.array(column) for column in zip(*rows))))
+    return dict(zip(ncdpo.DEMO_KEYS, (np.array(column) for column in zip(*rows))))
 
 
 def saved(path, demos):
-    if path.suffix == ".npz":
-        np.savez(path, **demos)
-    else:
-        with pytest.importorskip("h5py").File(path, "w") as file:
-            for key, name in ncdpo.D4RL_NAMES.items():
-                file[name] = demos[key]
+    np.savez(path, **demos)
     return str(path)
 
 
@@ -1010,99 +1046,79 @@ def test_chunks_of_demonstrations_never_cross_an_episodes_end(tmp_path, capsys, 
     assert "4 episodes, 30 steps" in printed and f"mean return {np.mean(returns):.1f}" in printed
 
 
-@pytest.mark.parametrize("kind", ["d.npz", "d.hdf5"])
-def test_demonstrations_are_read_as_they_were_written(tmp_path, kind):
-    for key, array in ncdpo.read_demos(saved(tmp_path / kind, demos := tiny_demos())).items():
-        np.testing.assert_array_equal(array, demos[key])
-
-
-def test_demonstrations_are_read_from_minari(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("h5py")
-    minari = pytest.importorskip("minari")
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    demos, buffers = tiny_demos(), []
-    for e in range(4):
-        one = {key: array[demos["observations"][:, 0] == e] for key, array in demos.items()}
-        one["observations"] = np.concatenate([one["observations"], np.full((1, 6), 99, np.float32)])  # where it ended
-        one = {key: list(array) if array.ndim == 1 else array for key, array in one.items()}
-        buffers.append(minari.data_collector.EpisodeBuffer(**one))
-    space = gym.spaces.Box(-np.inf, np.inf, (6,), np.float32)
-    minari.create_dataset_from_buffers("tiny/box-v0", buffers, observation_space=space, action_space=BOX,
-                                       algorithm_name="-", author="-", author_email="-", code_permalink="-",
-                                       description="-")
-    for key, array in ncdpo.read_demos("minari:tiny/box-v0").items():
-        np.testing.assert_allclose(array, demos[key], rtol=1e-6)
-    monkeypatch.setattr(minari, "load_dataset", lambda name, download: 1 / 0)
-    monkeypatch.setattr(minari, "list_remote_datasets", lambda: 1 / 0)  # no network
-    flags = arguments("TinyBox-v0", tmp_path / "runs", "--demos", "minari:tiny/boxx-v0")
-    assert "did you mean tiny/box-v0" in complaint(capsys, *flags)
-
-
-@pytest.mark.parametrize("package, source", [("h5py", "d.hdf5"), ("minari", "minari:a/b-v0")])
-def test_a_missing_optional_package_is_named(tmp_path, monkeypatch, capsys, package, source):
-    monkeypatch.setitem(sys.modules, package, None)
-    assert f"pip install {package}" in complaint(capsys, *arguments("TinyBox-v0", tmp_path, "--demos", source))
-
-
-@pytest.mark.parametrize("damage, words", [
+ROWS = np.arange(30)
+DAMAGES = [
     (dict(observations=np.zeros((30, 5))), "observations of"),
     (dict(actions=np.zeros((30, 3))), "actions of"),
     (dict(terminations=np.zeros(29)), "terminations of"),
-    (dict(observations=np.where(np.arange(30)[:, None] == 11, np.nan, np.zeros((30, 6)))), "row 11"),
-    (dict(rewards=np.where(np.arange(30) == 4, np.inf, 0.0)), "row 4"),
-    (dict(actions=np.where(np.arange(30)[:, None] == 17, 11.0, np.full((30, 2), 2.5))), "row 17"),
+    (dict(observations=np.where(ROWS[:, None] == 11, np.nan, np.zeros((30, 6)))), "row 11"),
+    (dict(rewards=np.where(ROWS == 4, np.inf, 0.0)), "row 4"),
+    (dict(actions=np.where(ROWS[:, None] == 17, 11.0, np.full((30, 2), 2.5))), "row 17"),
     (dict(truncations=np.zeros(30), terminations=np.zeros(30)), "fewer than two episodes"),
     (dict(truncations=np.ones(30)), "--action-chunk 2"),
-    ("empty", "need"),
-    ("key", "cannot read"),
-    ("pickle", "cannot read"),
-    ("text", "cannot read"),
-    ("truncated", "cannot read"),
-    ("missing", "cannot read"),
-])
-def test_damaged_demonstrations_are_told_in_one_line(tmp_path, capsys, damage, words):
-    path, demos = tmp_path / "d.npz", tiny_demos()
-    if isinstance(damage, dict):
-        demos |= damage
-    elif damage == "empty":
-        demos = {key: array[:0] for key, array in demos.items()}
-    elif damage == "key":
-        del demos["truncations"]
-    elif damage == "pickle":
-        demos["rewards"] = demos["rewards"].astype(object)
-    np.savez(path, **demos)
-    if damage in ("text", "truncated"):
-        path.write_bytes(b"no archive" if damage == "text" else path.read_bytes()[:300])
-    elif damage == "missing":
-        path.unlink()
-    flags = arguments("TinyBox-v0", tmp_path / "runs", "--demos", path, "--action-chunk", "2")
-    assert words in complaint(capsys, *flags) and not (tmp_path / "runs").exists()
+    ({key: np.zeros(0) for key in ncdpo.DEMO_KEYS}, "need"),
+    (dict(rewards=np.zeros(30, object)), "cannot read"),  # a pickle, which may run anything
+]
 
 
-def test_discrete_actions_are_neither_cloned_nor_chunked(tmp_path, capsys):
-    path = saved(tmp_path / "d.npz", tiny_demos())
-    flags = arguments("CartPole-v1", tmp_path, "--demos", path, "--action-chunk", "1")
-    assert "Box actions only" in complaint(capsys, *flags)
-    assert "--action-chunk" in complaint(capsys, *arguments("CartPole-v1", tmp_path, "--action-chunk", "2"))
+def test_damaged_demonstrations_are_told_in_one_line(tmp_path, capsys):
+    env, demos, path = VectorEnv("TinyBox-v0", 2, CPU, chunk=2), tiny_demos(), tmp_path / "d.npz"
+    for damage, words in DAMAGES:
+        with pytest.raises(UserError, match=words):
+            ncdpo.load_demos(saved(path, demos | damage), env)
+    without_a_key = saved(tmp_path / "key.npz", {key: demos[key] for key in ncdpo.DEMO_KEYS[:4]})
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:300])
+    (tmp_path / "empty.npz").touch()
+    for source in (without_a_key, *(tmp_path / f"{name}.npz" for name in ("text", "cut", "empty", "missing"))):
+        flags = arguments("TinyBox-v0", tmp_path / "runs", "--demos", str(source), "--action-chunk", "2")
+        assert f"cannot read demonstrations from {source}" in complaint(capsys, *flags)
+    assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("predict", PREDICT)
-def test_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean(tmp_path, predict):
+@pytest.mark.parametrize("algo, predict", [("ppo", "sample"), *(("ncdpo", predict) for predict in PREDICT)])
+def test_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean(tmp_path, algo, predict):
     """Demonstrated: -0.6 or 0.6 with equal probability, whatever the state."""
     action = torch.where(torch.rand(4000, 1) < 0.5, 0.6, -0.6) + 0.02 * torch.randn(4000, 1)
-    demos = (torch.randn(4000, 2), action, np.arange(4000) // 10)
-    given = dict(bc_steps=4000, bc_learning_rate=3e-3, hidden=64, denoising_steps=20, predict=predict)
-    policies = {}
-    for algo in ("ppo", "ncdpo"):
-        agent = ncdpo.Agent(config(algo=algo, **given), 2, 1, False)
-        ncdpo.clone(agent, config(algo=algo, **given), demos, tmp_path)
-        policies[algo] = agent.policy
-    with torch.no_grad():
-        drawn = policies["ncdpo"].sample(torch.randn(1000, 2), deterministic=True)[0]
-        assert policies["ppo"].sample(torch.randn(1000, 2), deterministic=True)[0].abs().mean() < 0.15
-    assert ((drawn.abs() - 0.6).abs() < 0.15).float().mean() > 0.9 and 0.4 < (drawn > 0).float().mean() < 0.6
-    rows = rows_of(tmp_path, "cloning.csv")
-    assert len(rows) == 20 and float(rows[-1]["held_out_loss"]) < float(rows[0]["held_out_loss"])
+    c = config(algo=algo, predict=predict, bc_steps=2000, bc_learning_rate=3e-3, hidden=64, denoising_steps=20)
+    agent = ncdpo.Agent(c, 2, 1, False)
+    ncdpo.clone(agent, c, (torch.randn(4000, 2), action, np.arange(4000) // 10), tmp_path)
+    drawn = agent.policy.sample(torch.randn(1000, 2), deterministic=True)[0]
+    if algo == "ppo":
+        assert drawn.abs().mean() < 0.15
+    else:
+        assert ((drawn.abs() - 0.6).abs() < 0.15).float().mean() > 0.75 and 0.4 < (drawn > 0).float().mean() < 0.6
+        rows = rows_of(tmp_path, "cloning.csv")
+        assert len(rows) == 20 and float(rows[-1]["held_out_loss"]) < float(rows[0]["held_out_loss"])
+
+
+def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_same_noise(tmp_path):
+    """A twentieth of them, rounded up; each observation is the number of its episode."""
+    c = config(norm_obs=False, bc_steps=40, bc_learning_rate=1e-12)  # without learning, nothing else moves their loss
+    agent, trained, held_out = ncdpo.Agent(c, 1, 1, False), set(), set()
+    bc_loss, episode = agent.policy.bc_loss, np.arange(30).repeat(7)
+    agent.policy.bc_loss = lambda obs, action: (
+        (trained if torch.is_grad_enabled() else held_out).update(obs[:, 0].tolist()) or bc_loss(obs, action))
+    ncdpo.clone(agent, c, (torch.tensor(episode)[:, None].float(), torch.zeros(210, 1), episode), tmp_path)
+    assert len(held_out) == 2 and trained == set(range(30)) - held_out
+    assert len({row["held_out_loss"] for row in rows_of(tmp_path, "cloning.csv")}) == 1
+
+
+def test_cloning_keeps_the_moving_average_of_its_weights(tmp_path):
+    """Adam's weights w_1 ... w_n, averaged as m_1 = w_1, m_i = d m_(i-1) + (1 - d) w_i with d = 1 - 10 / n."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+    n, weights, rates = 40, [], []
+    hook = register_optimizer_step_post_hook(lambda adam, *_: (
+        weights.append([p.clone() for p in adam.param_groups[0]["params"]]), rates.append(adam.param_groups[0]["lr"])))
+    c = config(bc_steps=n, bc_learning_rate=1e-2)
+    agent = ncdpo.Agent(c, 2, 1, False)
+    ncdpo.clone(agent, c, (torch.randn(100, 2), torch.randn(100, 1), np.arange(100) // 5), tmp_path)
+    hook.remove()
+    shares = [(0.25 if i else 1) * 0.75 ** (n - 1 - i) for i in range(n)]
+    assert sum(shares) == pytest.approx(1)
+    for i, p in enumerate(agent.policy.parameters()):
+        torch.testing.assert_close(p, sum(share * w[i] for share, w in zip(shares, weights)))
+    np.testing.assert_allclose(rates, [1e-2 * (1 + math.cos(math.pi * i / n)) / 2 for i in range(n)])  # along a cosine
 
 
 @pytest.fixture(scope="module")
@@ -1120,9 +1136,9 @@ def test_init_from_reproduces_the_clones_evaluation_exactly(clone, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
     trainer = ncdpo.Trainer(config(**given))
     trainer.init_from(run)
-    ncdpo.write(tmp_path / "copy" / "checkpoint.pt", lambda file: torch.save(trainer.state_dict(), file))
-    one, other = (ncdpo.evaluate(folder, 3, device="cpu") for folder in (run, tmp_path / "copy"))
-    for way in ("with noise", "without noise"):
+    trainer.save(tmp_path / "copy")
+    one, other = (ncdpo.evaluate(folder, 3, "cpu") for folder in (run, tmp_path / "copy"))
+    for way in ("exploring", "mean action", "eta 0"):
         np.testing.assert_array_equal(one[way]["return"], other[way]["return"])
 
 
@@ -1134,32 +1150,67 @@ def test_clone_starts_from_the_demonstrations_statistics_and_dppo_starts_from_nc
     torch.testing.assert_close(trainer.agent.obs_norm.mean, obs.mean(0))
     torch.testing.assert_close(trainer.agent.obs_norm.var, obs.var(0, correction=0))
     cloned = checkpoint_of(run)["agent"]
-    for name, tensor in trainer.agent.policy.denoiser.state_dict().items():
+    for name, tensor in trainer.policy.denoiser.state_dict().items():
         assert torch.equal(tensor, cloned["policy.denoiser." + name])
-    assert trainer.agent.policy.head.log_std.exp().tolist() == pytest.approx([0.3] * 4)
+    assert trainer.policy.head.log_std.exp().tolist() == pytest.approx([0.3] * 4)
+
+
+def test_sigma_is_the_one_asked_for_or_else_the_one_learnt(clone):
+    run, _, given = clone
+    learnt = checkpoint_of(run)["agent"]["policy.head.log_std"].exp().tolist()
+    for init_std, expected in ((ncdpo.Config.init_std, learnt), (0.4, [0.4] * 4)):
+        trainer = ncdpo.Trainer(config(init_std=init_std, **given))
+        torch.nn.init.constant_(trainer.policy.head.log_std, math.log(init_std))
+        trainer.init_from(run)
+        assert trainer.policy.head.log_std.exp().tolist() == pytest.approx(expected)
 
 
 def test_critic_warmup_leaves_the_actor_where_it_was(clone):
     run, _, given = clone
     trainer = ncdpo.Trainer(config(critic_warmup=1, **given))
     trainer.init_from(run)
-    actor, critic = ([p.clone() for p in part.parameters()] for part in (trainer.agent.policy, trainer.agent.critic))
+    actor, critic = ([p.clone() for p in part.parameters()] for part in (trainer.policy, trainer.critic))
     trainer.iterate()
-    assert all(torch.equal(a, b) for a, b in zip(actor, trainer.agent.policy.parameters()))
-    assert not any(torch.equal(a, b) for a, b in zip(critic, trainer.agent.critic.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(actor, trainer.policy.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(critic, trainer.critic.parameters()))
     trainer.iterate()
-    assert not any(torch.equal(a, b) for a, b in zip(actor, trainer.agent.policy.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(actor, trainer.policy.parameters()))
 
 
-def test_cloning_regulariser_pulls_the_policy_towards_the_demonstrations(clone):
+def test_warmup_learns_from_the_critics_part_of_the_loss(batches):
+    trainer = ncdpo.Trainer(config(vf_coef=0.7, critic_warmup=1))
+    trainer.iterate()
+    batch, loss_function = batches[0][:2]
+    (loss, diagnostics), (whole, expected) = loss_function(**batch), trainer.loss(**batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.7 * expected["value_loss"].item()) and diagnostics == expected
+    for p, grad in zip(trainer.critic.parameters(), torch.autograd.grad(whole, list(trainer.critic.parameters()))):
+        torch.testing.assert_close(p.grad, grad)
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_cloning_regulariser_is_added_with_its_weight(batches, norm_obs):
+    """To an MLP, whose cloning loss is no random number, by one demonstration that is drawn again and again."""
+    trainer = ncdpo.Trainer(config(env="TinyBox-v0", algo="ppo", bc_coef=3.0, demos="given", norm_obs=norm_obs))
+    policy, obs = shaken(trainer.policy), torch.randn(1, 6)
+    trainer.demos = (obs, torch.randn(1, 2), np.zeros(1))
+    trainer.iterate()
+    batch, loss_function = batches[0][:2]
+    pull = 3 * (policy.net(trainer.agent.obs_norm(obs) if norm_obs else obs) - trainer.demos[1]).square().mean()
+    torch.testing.assert_close(loss_function(**batch)[0], trainer.loss(**batch)[0] + pull)
+
+
+def test_cloning_regulariser_pulls_the_policy_towards_the_demonstrations(clone, tmp_path):
     run, path, given = clone
-    losses = []
-    for coefficient in (0.0, 100.0):
-        trainer = ncdpo.Trainer(config(demos=path, bc_coef=coefficient, norm_obs=False, learning_rate=1e-2, **given))
-        trainer.demos = ncdpo.load_demos(path, trainer.env)
-        trainer.iterate()
+    losses, demos = [], ncdpo.load_demos(path, VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
+    for more in (dict(), dict(demos=path, bc_coef=100.0)):
+        ncdpo.train(config(init_from=str(run), learning_rate=1e-2, runs=str(tmp_path), **given, **more))
+        new = sorted(tmp_path.iterdir())[-1]
+        assert not (new / "cloning.csv").exists()  # the clone is improved, and not cloned again
+        agent = ncdpo.load_agent(new, CPU)[1]
+        ncdpo.train(dataclasses.replace(ncdpo.load_config(new), total_timesteps=384), resume=new)  # it needs them again
         torch.manual_seed(1)
-        losses.append(trainer.agent.policy.bc_loss(*trainer.demos[:2]).item())
+        losses.append(agent.policy.bc_loss(agent.normalize(demos[0]), demos[1]).item())
     assert losses[1] < 0.7 * losses[0]
 
 
@@ -1176,50 +1227,18 @@ def test_cloned_steps_that_will_be_frozen_are_cloned_too(clone, tmp_path, capsys
     _, path, given = clone
     ncdpo.train(config(demos=path, total_timesteps=0, finetune_steps=2, runs=str(tmp_path), **given))
     run, agent = tmp_path / "TinyBox-v0__ncdpo__1", checkpoint_of(tmp_path / "TinyBox-v0__ncdpo__1")["agent"]
-    assert all(torch.equal(tensor, agent[name.replace("denoiser", "frozen")])
-               for name, tensor in agent.items() if ".denoiser." in name)
+    tuned = [name for name in agent if ".denoiser.denoiser." in name]
+    assert tuned and all(torch.equal(agent[name], agent[name.replace("r.denoiser", "r.frozen")]) for name in tuned)
     flags = ["--init-from", run, "--total-timesteps", "512", "--finetune-steps"]
     assert "--finetune-steps 2" in complaint(capsys, *flags, "1")  # its second network would be used for other steps
 
 
-def test_fine_tuning_again_keeps_the_floor_that_was_asked_for(tmp_path):
-    given = dict(env="TinyBox-v0", algo="dppo", denoising_steps=3)
-    ncdpo.train(config(min_std=0.1, runs=str(tmp_path), **given))
-    trainer = ncdpo.Trainer(config(min_std=0.4, **given))
-    trainer.init_from(tmp_path / "TinyBox-v0__dppo__1")
-    assert trainer.agent.policy.head.log_std.exp().tolist() == pytest.approx([0.4] * 2)
-
-
-def test_averaging_log_likelihoods_does_not_touch_a_single_choice():
-    batches = []
-    for mean in (False, True):
-        trainer = ncdpo.Trainer(config(mean_log_prob=mean))
-        batches.append(trainer.iterate())
-    assert batches[0]["policy_loss"] == batches[1]["policy_loss"] and batches[0]["approx_kl"] == batches[1]["approx_kl"]
-
-
-def test_collected_demonstrations_are_what_the_run_plays(clone, tmp_path, capsys):
-    """Recorded step by step although the policy decides chunks; read again, they are whole episodes of the task."""
-    path = tmp_path / "own.npz"
-    assert main(["--collect", str(clone[0]), "--demo-steps", "100", "--demos-out", str(path), "--deterministic"]) == 0
-    demos = ncdpo.read_demos(str(path))
-    ends = demos["terminations"] | demos["truncations"]
-    obs, played = demos["observations"], demos["actions"].sum(1)
-    assert len(ends) == 100 and ends.sum() == 2 * math.ceil(50 / 8)  # two environments, episodes of eight steps
-    follows = ~ends[:-1]
-    np.testing.assert_allclose(obs[1:, 2][follows], played[:-1][follows], rtol=1e-5)  # obs[2] is the last action's sum
-    np.testing.assert_allclose(demos["rewards"], played + obs[:, 0], rtol=1e-5)
-    whole = demos["rewards"].reshape(2, 50)[:, :48].sum() / 12  # the last two steps of each environment are cut off
-    assert f"12 whole episodes of mean return {whole:.1f}" in capsys.readouterr().out
-    ncdpo.load_demos(str(path), VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
-    assert "exists" in complaint(capsys, "--collect", clone[0], "--demos-out", path)
-    assert "folder" in complaint(capsys, "--collect", clone[0], "--demos-out", tmp_path / "none" / "own.npz")
-    assert "--demo-steps" in complaint(capsys, "--collect", clone[0], "--demo-steps", "0", "--demos-out", tmp_path / "x")
-
-
-def test_training_stops_at_the_return_it_was_asked_for(tmp_path, capsys):
+def test_training_stops_once_twenty_episodes_have_the_mean_return_asked_for(tmp_path, monkeypatch, capsys):
+    # episodes and their mean return in each update; (19 * 9.9 + 12) / 20 is the first mean above 10
+    reports = iter([(30, 0.0), (1, 100.0), (0,), (5, 15.0), (20, 9.9), (1, 12.0)])
+    monkeypatch.setattr(ncdpo.Trainer, "report", lambda *_: dict(zip(("episodes", "return"), next(reports))))
     history = ncdpo.train(config(stop_at_return=10.0, total_timesteps=2560, runs=str(tmp_path)))
-    assert len(history["update"]) < 40 and "--stop-at-return 10" in capsys.readouterr().out
+    assert len(history["update"]) == 6 and "--stop-at-return 10" in capsys.readouterr().out
 
 
 # --- 9 - 11  runs ----------------------------------------------------------------------------------------------------
@@ -1267,12 +1286,14 @@ def run(finished, tmp_path):
     return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
-@pytest.mark.parametrize("algo, env", [("ncdpo", "CartPole-v1"), ("dppo", "Pendulum-v1"), ("ppo", "Pendulum-v1")])
+@pytest.mark.parametrize("algo, env", [("ncdpo", "CartPole-v1"), ("dppo", "Pendulum-v1"), ("ppo", "Hopper-v4")])
 def test_same_seed_gives_the_same_metrics_and_another_seed_gives_others(tmp_path, algo, env):
     def metrics(seed, name):
-        c = config(algo=algo, env=env, seed=seed, runs=str(tmp_path / name), total_timesteps=128, episodes=1)
-        ncdpo.train(c)
-        return rows_of(tmp_path / name / f"{env}__{algo}__{seed}")
+        c = config(algo=algo, env=env, seed=seed, runs=str(tmp_path / name), total_timesteps=128)
+        trainer = ncdpo.Trainer(c)
+        Path(c.runs).mkdir()
+        ncdpo.run_updates(trainer, Path(c.runs))
+        return rows_of(Path(c.runs))
 
     one, again, other = metrics(1, "one"), metrics(1, "again"), metrics(2, "other")
     assert len(one) == 2 and one == again
@@ -1296,6 +1317,7 @@ def test_checkpoint_restores_everything(run):
     assert not any(same(fresh[name], saved[name]) for name in ("agent", "optimizer", "random", "update"))
     trainer.resume(run)
     assert same(trainer.state_dict(), saved) and torch.equal(torch.get_rng_state(), saved["random"])
+    assert trainer.seconds == saved["seconds"] > 0
     assert saved["agent"]["obs_norm.count"] == saved["agent"]["reward_norm.count"] == 256
     row = trainer.iterate()
     assert (row["update"], row["step"]) == (5, 320) and row["learning_rate"] == pytest.approx(5e-4 * (1 - 4 / 8))
@@ -1324,69 +1346,155 @@ def test_resumed_run_equals_one_that_was_never_interrupted(tmp_path, monkeypatch
     assert rows_of(cut) == rows_of(whole) and same(checkpoint_of(cut), checkpoint_of(whole))
 
 
+def test_resumed_run_plays_new_episodes(run):
+    starts, state = [], checkpoint_of(run)
+    for update in (4, 2):  # nor does it play the same ones wherever it goes on from
+        torch.save({**state, "update": update}, run / "checkpoint.pt")
+        trainer = ncdpo.Trainer(config(total_timesteps=512))
+        starts += [trainer.obs] * (not starts)
+        trainer.resume(run)
+        starts.append(trainer.obs)
+    assert len(torch.cat(starts).unique()) == 3 * starts[0].numel()
+
+
 def test_printed_evaluation_is_that_of_a_later_one(finished):
     run, printed = finished
-    later = ncdpo.describe(ncdpo.evaluate(run, 2, device="cpu")).splitlines()
-    assert "return" in later[0] and "return" in later[1]
-    assert later[0] in printed.splitlines() and later[1] in printed.splitlines()
+    *later, _ = ncdpo.describe(ncdpo.evaluate(run, 2, "cpu")).splitlines()
+    assert [line.split(":")[0].strip() for line in later] == ["exploring", "mean action", "eta 0"]
+    assert all("return" in line and line in printed.splitlines() for line in later)
 
 
 def test_evaluation_leaves_random_state_and_run_alone(run):
     before, files = torch.get_rng_state(), contents(run)
     np.random.seed(0)
     numbers = np.random.get_state()[1].copy()
-    one, two = ncdpo.evaluate(run, 3, device="cpu"), ncdpo.evaluate(run, 3, device="cpu")
-    assert all(np.array_equal(one[way]["return"], two[way]["return"]) for way in ("with noise", "without noise"))
-    assert contents(run) == files
+    one, two = ncdpo.evaluate(run, 3, "cpu"), ncdpo.evaluate(run, 3, "cpu")
+    assert all(np.array_equal(one[way]["return"], two[way]["return"]) for way in ("exploring", "mean action", "eta 0"))
+    assert contents(run) == files and one["ms per decision"] > 0
     assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numbers)
 
 
-def test_evaluation_plays_one_whole_episode_in_each_environment(tmp_path):
-    ncdpo.train(config(env="Tiny-v0", runs=str(tmp_path), total_timesteps=64, episodes=1))
-    result = ncdpo.evaluate(tmp_path / "Tiny-v0__ncdpo__1", 5, device="cpu")
-    for way in ("with noise", "without noise"):
+@pytest.mark.parametrize("algo", ["ncdpo", "ppo"])
+def test_evaluation_plays_one_whole_episode_in_each_environment(tmp_path, algo):
+    ncdpo.train(config(env="Tiny-v0", algo=algo, runs=str(tmp_path), total_timesteps=64, episodes=1))
+    result = ncdpo.evaluate(tmp_path / f"Tiny-v0__{algo}__1", 5, "cpu")
+    ways = [way for way in result if way != "ms per decision"]
+    assert ways == ["exploring", "mean action", "eta 0"][:2 if algo == "ppo" else 3]
+    for way in ways:
         assert result[way]["length"].tolist() == [8] * 5
         assert len(set(result[way]["return"])) == 5  # each has a start of its own, which is in its rewards
         assert (8 * 5 <= result[way]["return"]).all() and (result[way]["return"] <= 8 * 8).all()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_stops_training_after_a_checkpoint_and_resume_finishes(tmp_path, name):
+def test_evaluation_counts_first_episodes_and_leaves_the_noise_out_where_it_says_so(run, monkeypatch):
+    step, sample, played = VectorEnv.step, ncdpo.Categorical.sample, []
+    monkeypatch.setattr(VectorEnv, "step", lambda *given: played.append(step(*given)) or played[-1])
+    monkeypatch.setattr(ncdpo.Categorical, "sample", lambda *given: sample(*given) * bool(given[-1].any()))
+    result = ncdpo.evaluate(run, 8, "cpu")
+    ended = torch.stack([terminated | truncated for _, _, terminated, truncated, _ in played]).int()
+    for way in ("exploring", "mean action", "eta 0"):
+        n = int(result[way]["length"].max())
+        part, ended = ended[:n], ended[n:]
+        assert result[way]["length"].tolist() == result[way]["return"].tolist() == (part.argmax(0) + 1).tolist()
+        assert (n <= 11) == (way != "exploring")  # a cart that is always pushed to the left falls within 11 steps
+    assert not len(ended)
+
+
+def test_evaluation_normalises_as_training_did_and_starts_elsewhere(run, monkeypatch):
+    reset, step, mean, norm = VectorEnv.reset, VectorEnv.step, ncdpo.NCDPO.mean, checkpoint_of(run)["agent"]
+    starts, shown, seen = [], [], []
+    monkeypatch.setattr(VectorEnv, "reset", lambda *given: starts.append(reset(*given)) or starts[-1])
+    monkeypatch.setattr(VectorEnv, "step", lambda *given: (result := step(*given), shown.append(result[0]))[0])
+    monkeypatch.setattr(ncdpo.NCDPO, "mean", lambda self, obs, omega: seen.append(obs) or mean(self, obs, omega))
+    ncdpo.Trainer(config())
+    monkeypatch.delattr(ncdpo.Normalizer, "update")
+    ncdpo.evaluate(run, 2, "cpu")
+    training, *ways = starts
+    assert len(ways) == 3 and all(torch.equal(way, ways[0]) for way in ways) and not torch.isin(training, ways[0]).any()
+    shown = ((torch.cat(ways + shown) - norm["obs_norm.mean"]) / norm["obs_norm.var"].sqrt()).clamp(-10, 10)
+    assert torch.cdist(torch.cat(seen).double(), shown.double()).min(1).values.max() < 1e-4
+
+
+def test_evaluation_at_eta_0_is_that_of_the_mean_action_of_a_chain_without_noise(clone, tmp_path):
+    run = shutil.copytree(clone[0], tmp_path / "run")
+    result = ncdpo.evaluate(run, 3, "cpu")
+    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | {"eta": 0.0}))
+    returns = ncdpo.evaluate(run, 3, "cpu")["mean action"]["return"]
+    np.testing.assert_array_equal(returns, result["eta 0"]["return"])
+    assert not np.isin(returns, result["mean action"]["return"]).any()
+
+
+def test_a_signal_stops_training_after_a_checkpoint_and_resume_finishes(tmp_path):
     command = [sys.executable, str(HERE / "ncdpo.py"), "--env", "CartPole-v1", "--no-compile", "--device", "cpu",
-               "--num-steps", "16", "--minibatch-size", "256", "--episodes", "1", "--runs", str(tmp_path)]
+               "--num-envs", "16", "--num-steps", "16", "--minibatch-size", "256", "--episodes", "1",
+               "--runs", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run, patience = tmp_path / "CartPole-v1__ncdpo__1", time.monotonic() + 120
     while not ((run / "metrics.csv").is_file() and len(rows_of(run)) >= 2) and time.monotonic() < patience:
         time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0 and error == ""
-    assert f"--resume {run}" in out and name in out
+    assert f"--resume {run}" in out and "SIGTERM" in out
     done = checkpoint_of(run)["update"]
     assert done == len(rows_of(run)) >= 2
     assert main(["--resume", str(run), "--total-timesteps", str(256 * (done + 1))]) == 0
     assert [int(row["update"]) for row in rows_of(run)] == list(range(1, done + 2))
 
 
-@pytest.mark.parametrize("moment", ["before the first update", "between two updates"])
-def test_a_signal_between_updates_loses_none(tmp_path, monkeypatch, capsys, moment):
-    """Not while an update runs, but while a line is printed: nothing may be lost then either."""
-    kills, bar = [], ncdpo.tqdm
+@pytest.mark.parametrize("moment, done", [("open_metrics", 0), ("print", 1)])
+def test_a_signal_between_updates_loses_none(tmp_path, monkeypatch, capsys, moment, done):
+    """Not while an update runs, but while the file is opened or a line printed: nothing may be lost then either."""
+    kills, before, handler = [], getattr(ncdpo, moment, print), signal.getsignal(signal.SIGINT)
 
-    def interrupt(*words, **_):
-        if not kills and (not words or "steps/s" in words[0]):
+    def interrupt(*words, **more):
+        if not kills and (moment != "print" or "s left" in words[0]):
             kills.append(os.kill(os.getpid(), signal.SIGINT))
+        return before(*words, **more)
 
-    if moment == "between two updates":
-        monkeypatch.setattr(ncdpo, "print", interrupt, raising=False)
-    else:
-        monkeypatch.setattr(ncdpo, "tqdm", lambda **given: (interrupt(), bar(**given))[1])
+    monkeypatch.setattr(ncdpo, moment, interrupt, raising=False)
     assert main(arguments("CartPole-v1", tmp_path, "--checkpoint-every", "3")) == 0 and kills
-    assert "Traceback" not in capsys.readouterr().err
-    run = tmp_path / "CartPole-v1__ncdpo__1"
-    assert checkpoint_of(run)["update"] == len(rows_of(run)) == (moment == "between two updates")
+    told, run = capsys.readouterr(), tmp_path / "CartPole-v1__ncdpo__1"
+    assert "stopped by SIGINT" in told.out and told.err == "" and signal.getsignal(signal.SIGINT) is handler
+    assert checkpoint_of(run)["update"] == len(rows_of(run)) == done
     monkeypatch.undo()
     assert main(["--resume", str(run)]) == 0 and len(rows_of(run)) == 4
+
+
+def test_a_second_signal_interrupts_at_once(tmp_path, monkeypatch, capsys):
+    twice = lambda self: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and pytest.fail("went on")
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", twice)
+    assert main(arguments("CartPole-v1", tmp_path)) == 130
+    assert capsys.readouterr().err == "ncdpo: interrupted.\n" and rows_of(tmp_path / "CartPole-v1__ncdpo__1") == []
+
+
+def test_metrics_have_a_column_for_each_thing_measured_and_an_empty_cell_is_not_a_number(run, tmp_path):
+    history = ncdpo.read_metrics(run)
+    assert list(history) == ncdpo.COLUMNS and all(len(column) == 4 for column in history.values())
+    unknown = [name for name, column in history.items() if np.isnan(column).all()]
+    assert unknown == ["sigma", "chain_std"]  # a softmax has none
+    assert history["step"].tolist() == [64, 128, 192, 256]
+    parts = sum(history["seconds_" + part] for part in ("simulation", "policy", "update"))
+    np.testing.assert_allclose(parts, np.diff(history["seconds"], prepend=0), rtol=1e-3)
+    (tmp_path / "metrics.csv").write_text(",".join(ncdpo.COLUMNS) + "\n1,64" + "," * (len(ncdpo.COLUMNS) - 2) + "\n")
+    history = ncdpo.read_metrics(tmp_path)
+    assert history["step"] == 64 and all(np.isnan(history[name]).all() for name in ncdpo.COLUMNS[2:])
+
+
+@pytest.mark.parametrize("points", [3, 300])
+def test_the_curve_is_of_the_updates_with_episodes_and_shows_few_of_them_as_points(tmp_path, monkeypatch, points):
+    from matplotlib.figure import Figure
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *to, **more: figures.append(self) or save(self, *to, **more))
+    steps = np.arange(points + 1.0)
+    history = {"step": steps, "seconds": 2 * steps, "return": np.where(steps == 1, np.nan, -steps)}
+    ncdpo.plot_curve(history, tmp_path / "curve.png", "title")
+    for axes, factor in zip(figures[0].axes, (1, 2), strict=True):
+        line, = axes.lines
+        assert line.get_xdata().tolist() == (factor * steps[steps != 1]).tolist()
+        assert line.get_ydata().tolist() == (-steps[steps != 1]).tolist()
+        assert (line.get_marker() == ".") == (points == 3)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- 11  command line: mistakes ---------------------------------------------------------------------------------------
@@ -1400,11 +1508,7 @@ def arguments(env, runs, *more):
 def complaint(capsys, *flags):
     """The one line with which the program refuses; asserts that it is one."""
     capsys.readouterr()
-    try:
-        code = main([str(flag) for flag in flags])
-    except SystemExit as leaving:
-        code = leaving.code
-    error = capsys.readouterr().err
+    code, error = main([str(flag) for flag in flags]), capsys.readouterr().err
     assert code == 2 and error.startswith("ncdpo: ") and error.endswith("\n") and error.count("\n") == 1, error
     return error
 
@@ -1413,33 +1517,32 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--env", "HalfCheeta-v4"], "did you mean HalfCheetah-v4"),
+    (["--env", "HalfCheeta-v4"], "did you mean HalfCheetah-v"),
     (["--env", "Nothing-like-it"], "unknown environment"),
     (["--env", "nowhere:Thing-v0"], "nowhere"),
     (["--env", "Hopper-v3"], "Hopper-v3"),  # its simulator is gone
     (["--env", "TinyDict-v0"], "only Box"),
-    (["--env", "TinyMulti-v0"], "only Discrete and bounded"),
-    (["--env", "TinyUnbounded-v0"], "only Discrete and bounded"),
+    (["--env", "TinyMulti-v0"], "only Discrete "),
+    (["--env", "TinyUnbounded-v0"], "bounded one-dimensional Box"),
     (["--denoising-steps", "0"], "--denoising-steps"),
-    (["--denoising-steps", "101"], "between 1 and 100"),
+    (["--denoising-steps", "101"], "100"),
     (["--minibatch-size", "4096"], "at most 2048"),
     (["--total-timesteps", "100"], "--total-timesteps"),
-    (["--num-envs", "-1"], "--num-envs"),
-    (["--num-envs", "0"], "--num-envs"),
-    (["--update-epochs", "0"], "--update-epochs"),
-    (["--checkpoint-every", "0"], "--checkpoint-every"),
-    (["--learning-rate", "-1"], "--learning-rate"),
-    (["--learning-rate", "nan"], "--learning-rate"),
-    (["--clip-coef", "inf"], "--clip-coef"),
-    (["--gamma", "1.5"], "--gamma"),
-    (["--eta", "-0.5"], "--eta"),
-    (["--seed", "-1"], "--seed"),
+    (["--num-envs", "many"], "--num-envs"),
     (["--episodes", "0"], "--episodes"),
-    (["--target-kl", "nan"], "--target-kl"),
+    (["--action-chunk", "2"], "chunk"),  # of Discrete actions
+    (["--demos", "some.npz", "--action-chunk", "1"], "Box actions only"),
     (["--bc-coef", "0.1"], "--demos"),
-    (["--scored-steps", "2"], "--algo dppo"),
+    (["--env", "TinyBox-v0", "--action-chunk", "2", "--total-timesteps", "2048"], "at least 4096"),
     (["--algo", "dppo", "--scored-steps", "6"], "--denoising-steps"),
     (["--num-envs", "2", "--num-steps", "1", "--minibatch-size", "1", "--total-timesteps", "2"], "--minibatch-size"),
+    (["--algo", "ppo", "--denoising-steps", "3"], "--denoising-steps has no effect on --algo ppo"),
+    (["--algo", "ppo", "--min-std", "0.3"], "--min-std has no effect on --algo ppo"),
+    (["--scored-steps", "2"], "--scored-steps has no effect on --algo ncdpo"),
+    (["--algo", "sac"], "--algo"),
+    (["--momentum", "0.9"], "--momentum"),
+    (["--total", "5000"], "--total"),  # an abbreviation would be guessed
+    (["--vector", "envpool"], "--vector"),
     (["--device", "nonsense"], "--device"),
     pytest.param(["--device", "cuda"], "--device cuda", marks=no_cuda),
     (["--resume", "nowhere"], "nowhere"),
@@ -1452,6 +1555,11 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
+def test_only_environments_that_can_be_made_are_suggested(capsys):
+    assert re.search(r"did you mean (Hopper-v[45]( or )?){2}", error := complaint(capsys, "--env", "Hopper-v6")), error
+    assert not re.search("-v[23]", error)
+
+
 def test_runs_that_cannot_be_a_folder_is_a_mistake(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert "file" in complaint(capsys, *arguments("CartPole-v1", tmp_path / "file"))
@@ -1459,13 +1567,20 @@ def test_runs_that_cannot_be_a_folder_is_a_mistake(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--evaluate", "--resume"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "list", "config"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "list", "harmful", "config",
+                                    "task"])
 def test_a_damaged_run_is_told_in_one_line(run, capsys, flag, damage):
+    class Harmful:
+        def __reduce__(self):  # what its file does to whoever reads it
+            return Path.touch, (run / "harm",)
+
     path = run / "checkpoint.pt"
     if damage == "missing":
         path.unlink()
-    elif damage in ("foreign", "list"):
-        torch.save({"model": torch.ones(2)} if damage == "foreign" else [1, 2], path)
+    elif damage in ("foreign", "list", "harmful"):
+        torch.save({"foreign": {"model": torch.ones(2)}, "list": [1, 2], "harmful": Harmful()}[damage], path)
+    elif damage == "task":
+        (run / "config.json").write_text((run / "config.json").read_text().replace("CartPole-v1", "CartPole-v0"))
     elif damage == "config":
         (run / "config.json").write_text('{"learning_speed": 1}')
     else:
@@ -1477,12 +1592,21 @@ def test_a_damaged_run_is_told_in_one_line(run, capsys, flag, damage):
 
 @pytest.mark.parametrize("flags", [
     ["--env", "Pendulum-v1"], ["--env", "Tiny-v0"], ["--hidden", "32"], ["--algo", "ppo"], ["--algo", "dppo"],
-    ["--predict", "epsilon"], ["--denoising-steps", "7"], ["--activation", "tanh"], ["--num-envs", "4"]])
-def test_resume_refuses_another_task_or_policy(run, capsys, flags):
+    ["--predict", "epsilon"], ["--denoising-steps", "7"], ["--activation", "tanh"], ["--num-envs", "4"],
+    ["--eta", "0.5"], ["--clip-denoised", "2"], ["--temperature", "0.5"], ["--noise-scale", "0.5"],
+    ["--num-steps", "16"], ["--finetune-steps", "2"], ["--critic-learning-rate", "0.1"], ["--no-norm-obs"]])
+def test_resume_refuses_another_task_or_policy_or_chain(run, capsys, flags):
     """Also where the weights would fit: a run must not silently become another one."""
-    before = contents(run)
-    complaint(capsys, "--resume", run, "--total-timesteps", "4096", *flags)
+    before, flag = contents(run), flags[0].replace("--no-", "--")
+    assert f"leave out {flag}," in complaint(capsys, "--resume", run, "--total-timesteps", "4096", *flags)
     assert contents(run) == before
+
+
+def test_resume_refuses_another_floor_or_number_of_scored_steps_of_dppo(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(vars(config(algo="dppo"))))
+    for name, value in dict(min_std=0.3, scored_steps=2).items():
+        with pytest.raises(UserError, match="leave out --" + name.replace("_", "-")):
+            ncdpo.Trainer(config(algo="dppo", **{name: value})).resume(tmp_path)
 
 
 def test_resume_of_a_finished_run_says_so(run, capsys):
@@ -1497,87 +1621,53 @@ def test_evaluation_refuses_bad_numbers_and_what_it_would_ignore(run, capsys, fl
     assert flags[0] in complaint(capsys, "--evaluate", run, *flags)
 
 
-def test_resumed_run_plays_new_episodes(run):
-    trainer = ncdpo.Trainer(config(total_timesteps=512))
-    first = trainer.obs
-    trainer.resume(run)
-    assert not torch.isin(trainer.obs, first).any()
+def test_evaluate_prints_as_many_episodes_as_asked_for(run, capsys):
+    assert main(["--evaluate", str(run), "--episodes", "3", "--device", "cpu"]) == 0
+    expected = ncdpo.describe(ncdpo.evaluate(run, 3, "cpu")).splitlines()
+    assert capsys.readouterr().out.splitlines()[:3] == expected[:3]
 
 
-def test_evaluation_starts_elsewhere_than_training_and_freezes_the_normaliser(run, monkeypatch):
-    reset, starts = VectorEnv.reset, []
-    monkeypatch.setattr(VectorEnv, "reset", lambda *given: starts.append(reset(*given)) or starts[-1])
-    ncdpo.Trainer(config())
-    monkeypatch.delattr(ncdpo.Normalizer, "update")
-    ncdpo.evaluate(run, 2, device="cpu")
-    training, with_noise, without_noise = starts
-    assert torch.equal(with_noise, without_noise) and not torch.isin(training, with_noise).any()
-
-
-def test_evaluation_counts_first_episodes_and_leaves_the_noise_out_where_it_says_so(run, monkeypatch):
-    step, sample, played = VectorEnv.step, ncdpo.Categorical.sample, []
-    monkeypatch.setattr(VectorEnv, "step", lambda *given: played.append(step(*given)) or played[-1])
-    monkeypatch.setattr(ncdpo.Categorical, "sample", lambda *given: sample(*given) * bool(given[-1].any()))
-    result = ncdpo.evaluate(run, 8, device="cpu")
-    ended = torch.stack([terminated | truncated for _, _, terminated, truncated, _ in played]).int()
-    n = int(result["with noise"]["length"].max())
-    for way, part in (("with noise", ended[:n]), ("without noise", ended[n:])):
-        assert result[way]["length"].tolist() == result[way]["return"].tolist() == (part.argmax(0) + 1).tolist()
-    assert len(ended) - n <= 11 < n  # a cart that is always pushed to the left falls within 11 steps
-
-
-def test_film_shows_every_other_step_of_the_first_episode(run, tmp_path):
-    pytest.importorskip("pygame")
-    imageio = pytest.importorskip("imageio")
-    result = ncdpo.evaluate(run, 2, str(tmp_path / "film.gif"), "cpu")
-    frames = imageio.mimread(tmp_path / "film.gif")
-    assert len(frames) == math.ceil(result["without noise"]["length"][0] / 2) and frames[0].shape[:2] == (400, 600)
-
-
-def test_signal_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with ncdpo.signals(print, signal.SIGTERM):
-        assert signal.getsignal(signal.SIGTERM) is print
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_second_signal_interrupts_at_once(tmp_path, monkeypatch, capsys):
-    twice = lambda self: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and pytest.fail("went on")
-    monkeypatch.setattr(ncdpo.Trainer, "iterate", twice)
-    assert main(arguments("CartPole-v1", tmp_path)) == 130
-    assert capsys.readouterr().err == "ncdpo: interrupted.\n" and rows_of(tmp_path / "CartPole-v1__ncdpo__1") == []
-
-
-@pytest.mark.parametrize("given", [dict(algo="sac"), dict(predict="x0"), dict(eta=1.5), dict(gae_lambda=1.1),
-                                   dict(gamma_denoising=-0.1), dict(ent_coef=-1), dict(vf_coef=-1)])
+@pytest.mark.parametrize("given", [
+    dict(algo="sac"), dict(predict="x0"), dict(gamma=1.5), dict(eta=-0.5), dict(gae_lambda=1.1),
+    dict(gamma_denoising=-0.1), dict(ent_coef=-1), dict(vf_coef=-1), dict(num_envs=0), dict(num_steps=-1),
+    dict(update_epochs=0), dict(seed=-1), dict(checkpoint_every=0), dict(learning_rate=math.nan),
+    dict(clip_coef=math.inf), dict(target_kl=math.nan)])
 def test_configurations_made_in_python_are_checked_too(given):
     with pytest.raises(UserError, match="--" + next(iter(given)).replace("_", "-")):
         config(**given).check()
 
 
 def test_defaults_are_the_presets_of_the_task_but_for_what_is_given():
-    hopper = ncdpo.PRESETS["Hopper"]
+    hopper, cloning = ncdpo.PRESETS["Hopper"], ncdpo.PRESETS["demonstrations"]
     parsed = ncdpo.parse(["--env", "Hopper-v4", "--gamma", "0.5"])[0]
     made = ncdpo.Config.for_task("x/Hopper-v5", gamma=0.5)
     for c in (parsed, made):
         assert (c.gamma, c.init_std, c.min_std) == (0.5, hopper["init_std"], hopper["min_std"])
         assert c.learning_rate == ncdpo.Config.learning_rate and hopper["init_std"] != ncdpo.Config.init_std
+    ncdpo.parse(["--algo", "ppo", "--denoising-steps", "5"])  # a default may be repeated, also where it has no effect
+    c = ncdpo.parse(["--env", "Hopper-v4", "--demos", "some.npz", "--gamma", "0.5"])[0]
+    assert (c.gamma, c.init_std, c.action_chunk) == (0.5, cloning["init_std"], cloning["action_chunk"])
 
 
-@pytest.mark.parametrize("flags", [["--eta", "0.5"], ["--clip-denoised", "2"], ["--temperature", "0.5"],
-                                   ["--min-std", "0.5"], ["--num-steps", "16"]])
-def test_resume_refuses_another_chain(run, capsys, flags):
-    assert f"leave out {flags[0]}," in complaint(capsys, "--resume", run, "--total-timesteps", "4096", *flags)
+def test_a_run_that_starts_from_another_takes_over_its_settings_but_not_its_end(tmp_path):
+    kept = dict(env="Pendulum-v1", eta=0.5, seed=7, action_chunk=3)
+    left = dict(total_timesteps=77, demos="old.npz", bc_coef=0.5, stop_at_return=3.0, runs="elsewhere")
+    (tmp_path / "config.json").write_text(json.dumps(kept | left))
+    c, *others = ncdpo.parse(["--init-from", str(tmp_path), "--seed", "8", "--demos", "new.npz"])
+    assert c == ncdpo.Config(**kept | dict(seed=8, demos="new.npz", init_from=str(tmp_path))) and others == [None, None]
+    c, resume, _ = ncdpo.parse(["--resume", str(tmp_path), "--total_timesteps=78"])  # underscores do as well
+    assert c == ncdpo.Config(**kept | left | dict(total_timesteps=78)) and resume == str(tmp_path)
 
 
-def test_training_of_another_seed_starts_elsewhere():
-    assert not torch.isin(*(ncdpo.Trainer(config(seed=seed)).obs for seed in (1, 2))).any()
-
-
-def test_empty_cells_of_metrics_are_not_numbers(tmp_path):
-    (tmp_path / "metrics.csv").write_text(",".join(ncdpo.COLUMNS) + "\n1,64" + "," * (len(ncdpo.COLUMNS) - 2) + "\n")
-    history = ncdpo.read_metrics(tmp_path)
-    assert history["step"] == 64 and all(np.isnan(history[name]).all() for name in ncdpo.COLUMNS[2:])
+def test_help_says_what_each_field_is_and_its_default(capsys):
+    documented = {name: text for fields in ncdpo.documented_fields().values() for name, text in fields.items()}
+    assert list(documented) == [field.name for field in dataclasses.fields(ncdpo.Config)]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, text in documented.items():
+        assert f"--{name.replace('_', '-')}" in printed
+        assert re.sub(r"\s", "", f"{text} [{getattr(ncdpo.Config, name)}]") in re.sub(r"\s", "", printed)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer failed\nat ...")])
@@ -1597,8 +1687,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(run, capsys, monkeypatch, err
     assert [row["update"] for row in rows_of(run)] == [str(i) for i in range(1, 9)]
 
 
-@pytest.mark.parametrize("wrong", ["observation", "reward", "exception"])
-@pytest.mark.parametrize("vector", ["sync", "async"])
+@pytest.mark.filterwarnings("ignore:.*ERROR")  # Gymnasium's, of a worker
+@pytest.mark.parametrize("wrong, vector", [("observation", "auto"), ("reward", "auto"), ("exception", "auto"),
+                                           ("exception", "async")])
 def test_an_environment_that_breaks_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, wrong, vector):
     monkeypatch.setattr(Tiny, "made_to_fail", (40, wrong))  # in the third rollout of 16 steps
     error = complaint(capsys, *arguments("TinyBox-v0", tmp_path, "--vector", vector))
@@ -1624,6 +1715,235 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(tmp_path, ca
     assert state["update"] == 2 and all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
 
 
+# --- notebooks/demos.py and notebooks/film.py ------------------------------------------------------------------------
+
+def untrained(runs, **given):
+    """A run folder whose policy has only seen one update."""
+    ncdpo.train(config(runs=str(runs), num_steps=16, total_timesteps=32 * given.get("action_chunk", 1), **given))
+    return next(runs.glob("*__1"))
+
+
+
+@pytest.fixture
+def demos(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "notebooks"))
+    return pytest.importorskip("demos")
+
+
+@pytest.fixture
+def film(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "notebooks"))
+    return pytest.importorskip("film")
+
+
+def scripts_complaint(capsys, script, *line):
+    """The one line with which a script refuses; asserts that it is one."""
+    capsys.readouterr()
+    code, said = script.main([str(word) for word in line]), capsys.readouterr()
+    assert code == 2 and said.err.startswith(f"{script.__name__}: ") and said.err.count("\n") == 1 and said.out == ""
+    return said.err
+
+
+def saved_hdf5(path, arrays):
+    names = dict(terminations="terminals", truncations="timeouts")
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        for key, array in arrays.items():
+            file[names.get(key, key)] = array
+    return path
+
+
+def loaded(path):
+    with np.load(path, allow_pickle=False) as file:
+        assert set(file) == set(ncdpo.DEMO_KEYS)
+        return dict(file)
+
+
+def test_recorded_demonstrations_are_what_the_run_plays(demos, clone, tmp_path, capsys):
+    """Recorded step by step although the policy decides chunks; read again, they are whole episodes of the task."""
+    path = tmp_path / "own.npz"
+    assert demos.main(["record", str(clone[0]), str(path), "--steps", "4004", "--deterministic"]) == 0
+    own = loaded(path)
+    ends = own["terminations"] | own["truncations"]
+    obs, played = own["observations"], own["actions"].sum(1)
+    assert len(ends) == 4004 and ends.sum() == 2 * math.ceil(2002 / 8)  # two environments, episodes of eight steps
+    follows = ~ends[:-1]
+    np.testing.assert_allclose(obs[1:, 2][follows], played[:-1][follows], rtol=1e-5)  # obs[2] is the last action's sum
+    np.testing.assert_allclose(own["rewards"], played + obs[:, 0], rtol=1e-5)
+    whole = own["rewards"].reshape(2, 2002)[:, :2000].sum() / 500  # the last two steps of each environment are cut off
+    assert f"500 whole episodes of mean return {whole:.1f}, 2 cut off" in capsys.readouterr().out
+    ncdpo.load_demos(str(path), VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
+
+
+@pytest.mark.parametrize("env, least", [("Tiny-v0", 5), ("TinyBox-v0", -1), ("TinyWide-v0", -2)])
+def test_recorded_actions_are_those_of_the_task_in_its_dtype(demos, tmp_path, env, least):
+    run, played, step = untrained(tmp_path, env=env, init_std=2.0), [], Tiny.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tiny, "step", lambda self, action: played.append(action) or step(self, action))
+        assert demos.main(["record", str(run), str(tmp_path / "own.npz"), "--steps", "50", "--device", "cpu"]) == 0
+    actions = loaded(tmp_path / "own.npz")["actions"]  # at a bound where the Gaussian asked for more
+    np.testing.assert_array_equal(actions, np.array(played))
+    assert actions.dtype == gym.make(env).action_space.dtype and least <= actions.min()
+
+
+def test_a_new_episode_asks_for_a_new_chunk(demos, tmp_path, monkeypatch):
+    """Chunks of four in episodes of twenty-one steps; every decision names the steps of its chunk."""
+    run, asked = untrained(tmp_path, env="TinyWide-v0", action_chunk=4, norm_obs=False), []
+
+    def sample(self, obs, deterministic=False):
+        asked.append(round(obs[0, 1].item()))
+        return torch.linspace(-0.3, 0.3, 4).repeat_interleave(2)[None], None, None
+
+    monkeypatch.setattr(ncdpo.NCDPO, "sample", sample)
+    own = demos.record(run, 63, False, "cpu")
+    assert asked == [0, 4, 8, 12, 16, 20] * 3
+    whole = np.linspace(-0.3, 0.3, 4).tolist() * 5 + [-0.3]
+    np.testing.assert_allclose(own["actions"][0, :, 0], 2 + 4 * np.tile(whole, 3), rtol=1e-6)
+
+
+def test_recorded_episodes_start_elsewhere_than_those_of_training_and_evaluation(demos, clone, monkeypatch):
+    reset, starts = VectorEnv.reset, []
+    monkeypatch.setattr(VectorEnv, "reset", lambda *given: starts.append(reset(*given)[:, 0]) or reset(*given))
+    ncdpo.Trainer(config(env="TinyBox-v0"))
+    ncdpo.evaluate(clone[0], 2, device="cpu")
+    demos.record(clone[0], 4000, False, "cpu")
+    assert len(starts[-1]) == 2 and not torch.isin(starts[-1], torch.cat(starts[:-1])).any()
+
+
+def test_d4rl_files_become_the_same_numbers(demos, tmp_path, capsys):
+    tiny, out = tiny_demos(), tmp_path / "d.npz"
+    source = saved_hdf5(tmp_path / "d.hdf5", tiny | {"terminations": tiny["terminations"].astype(np.uint8)})
+    assert demos.main(["convert", str(source), str(out)]) == 0
+    for key, array in loaded(out).items():
+        np.testing.assert_array_equal(array, tiny[key])
+    mean = np.mean([tiny["rewards"][tiny["observations"][:, 0] == e].sum() for e in range(4)])
+    assert f"30 steps, 4 whole episodes of mean return {mean:.1f}, 0 cut off" in capsys.readouterr().out
+    ncdpo.load_demos(str(out), VectorEnv("TinyBox-v0", 2, CPU))
+
+
+def test_a_last_episode_without_an_end_is_truncated(demos, tmp_path):
+    tiny = {key: array[:-1] for key, array in tiny_demos().items()}
+    demos.main(["convert", str(saved_hdf5(tmp_path / "d.hdf5", tiny)), str(tmp_path / "d.npz")])
+    ends = loaded(tmp_path / "d.npz")["truncations"]
+    assert ends[-1] and ends.sum() == tiny["truncations"].sum() + 1
+
+
+def test_minari_datasets_become_the_same_numbers(demos, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("h5py")
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    tiny, buffers = tiny_demos(), []
+    for e in range(4):
+        one = {key: array[tiny["observations"][:, 0] == e] for key, array in tiny.items()}
+        one["observations"] = np.concatenate([one["observations"], np.full((1, 6), 99, np.float32)])  # where it ended
+        one = {key: list(array) if array.ndim == 1 else array for key, array in one.items()}
+        buffers.append(minari.data_collector.EpisodeBuffer(**one))
+    space = gym.spaces.Box(-np.inf, np.inf, (6,), np.float32)
+    minari.create_dataset_from_buffers("tiny/box-v0", buffers, observation_space=space, action_space=BOX,
+                                       algorithm_name="-", author="-", author_email="-", code_permalink="-",
+                                       description="-")
+    assert demos.main(["convert", "minari:tiny/box-v0", str(tmp_path / "d.npz")]) == 0
+    for key, array in loaded(tmp_path / "d.npz").items():
+        np.testing.assert_allclose(array, tiny[key], rtol=1e-6)
+    monkeypatch.setattr(minari, "load_dataset", lambda name, download: 1 / 0)
+    monkeypatch.setattr(minari, "list_remote_datasets", lambda: 1 / 0)  # no network
+    flags = "convert", "minari:tiny/boxx-v0", tmp_path / "e.npz"
+    assert "did you mean tiny/box-v0" in scripts_complaint(capsys, demos, *flags)
+
+
+@pytest.mark.parametrize("package, source", [("h5py", "d.hdf5"), ("minari", "minari:a/b-v0")])
+def test_a_missing_package_of_a_source_is_named(demos, tmp_path, monkeypatch, capsys, package, source):
+    monkeypatch.setitem(sys.modules, package, None)
+    error = scripts_complaint(capsys, demos, "convert", source, tmp_path / "d.npz")
+    assert f"needs the package {package}: pip install {package}." in error
+
+
+@pytest.mark.parametrize("damage, words", [
+    ("missing", "cannot read"), ("text", "cannot read"), ("key", "timeouts"), ("length", "differ in length"),
+    ("scalar", "cannot read"), ("empty", "empty")])
+def test_damaged_d4rl_files_are_told_in_one_line(demos, tmp_path, capsys, damage, words):
+    path, tiny = tmp_path / "d.hdf5", tiny_demos()
+    if damage == "key":
+        del tiny["truncations"]
+    elif damage == "length":
+        tiny["rewards"] = tiny["rewards"][:-1]
+    elif damage == "scalar":
+        tiny["rewards"] = 1.0
+    elif damage == "empty":
+        tiny = {key: array[:0] for key, array in tiny.items()}
+    saved_hdf5(path, tiny)
+    if damage == "text":
+        path.write_bytes(b"no archive")
+    elif damage == "missing":
+        path.unlink()
+    error = scripts_complaint(capsys, demos, "convert", path, tmp_path / "d.npz")
+    assert words in error and not (tmp_path / "d.npz").exists()
+
+
+def test_demos_refuses_what_it_cannot_do(demos, clone, tmp_path, capsys):
+    (tmp_path / "mine.npz").write_bytes(b"mine")
+    for line, words in (("mine.npz --steps 9", "exists"), ("none/own.npz --steps 9", "folder"),
+                        ("x --steps 0", "--steps"), ("x --device nonsense", "--device")):
+        out, *flags = line.split()
+        assert words in scripts_complaint(capsys, demos, "record", clone[0], tmp_path / out, *flags)
+    assert "no run folder" in scripts_complaint(capsys, demos, "record", tmp_path, tmp_path / "x")
+    assert (tmp_path / "mine.npz").read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def film_of(film, capsys, run, out):
+    """Number of frames, shade of each, milliseconds in all, steps and return of a film of Tiny."""
+    image = pytest.importorskip("PIL.Image")
+    capsys.readouterr()
+    assert film.main([str(run), str(out), "--device", "cpu"]) == 0
+    printed = re.search(r"of (\d+) steps with the return (\S+), (\d+) frames", capsys.readouterr().out)
+    steps, score, count = printed.groups()
+    shades, time = [], 0
+    with image.open(out) as picture:
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            assert picture.size == (48, 32) and picture.info["duration"] >= 20  # browsers slow faster ones down
+            shades.append(picture.convert("L").getpixel((0, 0)))
+            time += picture.info["duration"]
+    assert int(count) == len(shades)
+    return shades, time, int(steps), float(score)
+
+
+@pytest.mark.parametrize("env, fps, every", [("Tiny-v0", 20, 2), ("TinyBox-v0", 50, 2), ("TinyWide-v0", 125, 3)])
+def test_film_shows_an_evaluations_episode_at_its_true_speed(film, tmp_path, capsys, monkeypatch, env, fps, every):
+    """Every other step, or as many as make fifty frames a second; chunks are played action by action."""
+    monkeypatch.setitem(Tiny.metadata, "render_fps", fps)
+    run = untrained(tmp_path, env=env, action_chunk=1 if env == "Tiny-v0" else 4, init_std=2.0)
+    shades, time, steps, score = film_of(film, capsys, run, tmp_path / "film.gif")
+    expected = ncdpo.evaluate(run, 1, device="cpu")["mean action"]
+    assert score == pytest.approx(expected["return"][0], abs=0.06) and steps == expected["length"][0]
+    assert shades == [7 * t for t in range(0, steps, every)]
+    assert time == pytest.approx(1000 * every * len(shades) / fps, abs=10)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Hopper-v4"])
+def test_film_of_a_real_task(film, tmp_path, capsys, env):
+    try:
+        task = gym.make(env, render_mode="rgb_array")
+        task.reset()
+        task.render()
+    except Exception as error:  # no pygame, no screen
+        pytest.skip(str(error))
+    run = untrained(tmp_path, env=env)
+    frames, _, rewards = film.play(run, "cpu")
+    assert len(rewards) == ncdpo.evaluate(run, 1, device="cpu")["mean action"]["length"][0]
+    assert frames[0].dtype == np.uint8 and frames[0].ndim == 3 and (frames[0] != frames[-1]).any()
+
+
+def test_film_refuses_what_it_cannot_do(film, clone, tmp_path, capsys, monkeypatch):
+    assert "folder" in scripts_complaint(capsys, film, clone[0], tmp_path / "none" / "film.gif")
+    assert ".gif or .mp4" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.avi")
+    assert "no run folder" in scripts_complaint(capsys, film, tmp_path, tmp_path / "film.gif")
+    monkeypatch.setattr(film.importlib.util, "find_spec", lambda name: None)
+    assert "pip install imageio-ffmpeg" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.mp4")
+    monkeypatch.setattr(Tiny, "render", lambda self: 1 / 0)
+    assert "MUJOCO_GL=egl" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.gif")
+    assert not list(tmp_path.iterdir())
+
+
 # --- notebooks/curves.py ---------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -1632,8 +1952,8 @@ def curves(monkeypatch):
     return pytest.importorskip("curves")
 
 
-def test_interquartile_mean_cuts_a_quarter_at_each_end(curves):
-    assert curves.interquartile_mean([100.0, 1, 2, 3, -50]) == 2  # of five, one at each end, as scipy's trim_mean
+def test_interquartile_mean_cuts_a_quarter_rounded_down_at_each_end(curves):
+    assert curves.interquartile_mean([100.0, 1, 2, 6, -50]) == 3  # (1 + 2 + 6) / 3, not the median
     x = np.random.default_rng(0).normal(size=(3, 8))
     np.testing.assert_allclose(curves.interquartile_mean(x, 1), np.sort(x)[:, 2:6].mean(1))
 
@@ -1642,6 +1962,7 @@ def test_bootstrap_interval_covers_the_mean_as_often_as_it_says(curves):
     draws = np.random.default_rng(1).normal(size=(400, 30))
     low, high = curves.interval(np.stack([curves.bootstrap(x, 400) for x in draws], 1))
     assert 0.88 < np.mean((low < 0) & (0 < high)) < 0.98
+    np.testing.assert_allclose(curves.interval(np.arange(101.0)), [2.5, 97.5])  # a fortieth is left out at each end
 
 
 def test_ratio_of_known_sets_of_seeds(curves):
@@ -1692,14 +2013,6 @@ def test_table_of_curves_that_are_straight_lines(curves, tmp_path):
     assert theirs[6].startswith("2.00 [") and theirs[7].startswith("2.00 [")
 
 
-def test_interquartile_mean_rounds_the_quarter_down(curves):
-    assert curves.interquartile_mean([100.0, 1, 2, 6, -50]) == 3  # (1 + 2 + 6) / 3, not the median
-
-
-def test_interval_leaves_a_fortieth_at_each_end(curves):
-    np.testing.assert_allclose(curves.interval(np.arange(101.0)), [2.5, 97.5])
-
-
 # --- the notebooks ---------------------------------------------------------------------------------------------------
 
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
@@ -1715,6 +2028,7 @@ def shown(cell):
     return data, any(out.output_type == "stream" and out.name == "stdout" for out in cell.outputs)
 
 
+@notebooks
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_shows_what_it_showed_when_it_was_committed(path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
@@ -1745,21 +2059,23 @@ def test_ncdpo_learns_cartpole(tmp_path, capsys):
     assert np.convolve(returns, np.ones(4) / 4, "valid").max() > 400  # four updates in a row
 
 
-def test_import_prints_and_writes_nothing(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run([sys.executable, "-c", "import ncdpo"], cwd=tmp_path, env=environment, capture_output=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"") and not list(tmp_path.iterdir())
+def run_python(folder, *command, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("flags, code, words", [
-    (["--help"], 0, ["--total-timesteps", "--num-envs", "--gae-lambda", "--clip-coef", "--resume", "--evaluate"]),
-    (["--env", "HalfCheeta-v4"], 2, ["ncdpo: unknown environment 'HalfCheeta-v4'; did you mean HalfCheetah-v4"])])
-def test_program_answers_from_any_folder(tmp_path, flags, code, words):
-    command = [sys.executable, "-B", str(HERE / "ncdpo.py"), *flags]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == code and not list(tmp_path.iterdir())
-    said, silent = (result.stdout, result.stderr) if code == 0 else (result.stderr, result.stdout)
-    assert all(word in said for word in words) and silent == "" and (code == 0 or said.count("\n") == 1)
+def test_import_prints_and_writes_nothing_and_needs_neither_mujoco_nor_matplotlib(tmp_path):
+    code = """import ncdpo, sys, torch
+ncdpo.VectorEnv("CartPole-v1", 1, torch.device("cpu"))
+assert not {"mujoco", "matplotlib"} & set(sys.modules)"""
+    result = run_python(tmp_path, "-c", code)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+def test_program_names_a_broken_display_from_any_folder(tmp_path):
+    result = run_python(tmp_path, str(HERE / "ncdpo.py"), "--env", "Hopper-v4", MUJOCO_GL="nonsense")
+    assert result.returncode == 2 and result.stdout == "" and not list(tmp_path.iterdir())
+    assert re.fullmatch("ncdpo: cannot make Hopper-v4: .*nonsense.*\n", result.stderr)
 
 
 def test_dependencies_of_the_script_are_declared_in_both_places():
@@ -1772,6 +2088,6 @@ def test_dependencies_of_the_script_are_declared_in_both_places():
     imported = {name.split(".")[0] for node in ast.walk(ast.parse(source)) for name in
                 ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
                  [node.module] if isinstance(node, ast.ImportFrom) else [])} - set(sys.stdlib_module_names)
-    assert imported - {"envpool", "imageio"} <= declared and "requires-python" in meta
+    assert imported <= declared and "requires-python" in meta
     lines = (HERE / "requirements.txt").read_text().splitlines()
     assert declared <= {name_of(line) for line in lines if re.match(r"\w", line)}
