@@ -813,7 +813,6 @@ def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor,
         raise UserError(f"actions of {source} leave the task's action space in row {good.argmin()}: "
                         f"{demos['actions'][good.argmin()]}; scale or clip them.")
     end = (demos["terminations"] + demos["truncations"] > 0).squeeze(1)
-    end[-1] = True
     episode = np.cumsum(end) - end  # the number of each row's episode
     start = np.flatnonzero(episode[H - 1:] == episode[:max(0, n + 1 - H)])
     if not len(start) or not episode[start[0]] < episode[start[-1]]:

@@ -1058,6 +1058,7 @@ DAMAGES = [
     (dict(truncations=np.ones(30)), "--action-chunk 2"),
     ({key: np.zeros(0) for key in ncdpo.DEMO_KEYS}, "need"),
     (dict(rewards=np.zeros(30, object)), "cannot read"),  # a pickle, which may run anything
+    (dict(rewards=np.full(30, "one")), "cannot read"), (dict(rewards=np.float64(1)), "cannot read"),
 ]
 
 
@@ -1609,9 +1610,11 @@ def test_resume_refuses_another_floor_or_number_of_scored_steps_of_dppo(tmp_path
             ncdpo.Trainer(config(algo="dppo", **{name: value})).resume(tmp_path)
 
 
-def test_resume_of_a_finished_run_says_so(run, capsys):
+def test_resume_refuses_a_finished_run_another_beginning_and_another_verb(run, capsys):
     before = contents(run)
     assert "--total-timesteps" in complaint(capsys, "--resume", run)
+    assert "has begun already" in complaint(capsys, "--resume", run, "--demos", "some.npz", "--bc-steps", "5")
+    assert "not allowed with" in complaint(capsys, "--resume", run, "--evaluate", run)
     assert contents(run) == before
 
 
