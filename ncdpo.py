@@ -57,7 +57,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or torch's threads spin, and starve whatever else the cores do
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or torch's waiting threads spin so long that a busy machine crawls
 
 import gymnasium as gym
 import numpy as np
