@@ -70,21 +70,25 @@ from torch.utils.checkpoint import checkpoint
 # ===== 1  Noise schedule ==============================================================================================
 
 class Schedule(nn.Module):
-    """Tables of the cosine schedule (Nichol and Dhariwal, 2021) and the steps that use them (E1, E3, E4).
+    """Tables of the cosine schedule (Nichol and Dhariwal, 2021) and the steps that use them (E1, E3, E4, E18).
 
-    Each table has shape (K + 1, 1) and is indexed by k, an int or a LongTensor (k = 0 stands for clean data), so that
-    `table[k]` broadcasts against (..., A). Float64 inside, stored in torch's default dtype.
+    A chain that was cloned with `steps` may be run on fewer, evenly spaced `sampling_steps`: its k-th step is then step
+    tau[k] of the K, and below E1 every k counts the steps that are run (E18). Each table has shape (K + 1, 1) and is
+    indexed by k, an int or a LongTensor (k = 0 stands for clean data), so that `table[k]` broadcasts against (..., A).
+    Float64 inside, stored in torch's default dtype.
     """
 
-    def __init__(self, steps: int, predict: str = "sample", eta: float = 1.0, clip: float = 1.0):
+    def __init__(self, steps: int, predict: str = "sample", eta: float = 1.0, clip: float = 1.0,
+                 sampling_steps: int | None = None):
         super().__init__()
         self.clip = clip
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
-        now, before = abar[1:], abar[:-1]
-        sigma = eta * torch.sqrt((1 - before) / (1 - now) * beta)
+        tau = torch.linspace(0, steps, (sampling_steps or steps) + 1).round().long()
+        now, before = abar[tau[1:]], abar[tau[:-1]]
+        sigma = eta * torch.sqrt((1 - before) / (1 - now) * (1 - now / before))  # the last factor is beta_k if S = K
         # E4 is linear in (x0hat, x_k): write eps_tilde out once and for all
         on_eps = torch.sqrt((1 - before - sigma**2).clamp(min=0)) / torch.sqrt(1 - now)
         # E3 is linear in (network output, x_k), whatever the network predicts
@@ -96,6 +100,12 @@ class Schedule(nn.Module):
         for name, table in tables.items():
             table = table if name == "abar" else torch.cat([torch.zeros(1, dtype=torch.float64), table])
             self.register_buffer(name, table.to(torch.get_default_dtype())[:, None], persistent=False)
+        self.register_buffer("taus", tau, persistent=False)
+        self.tau_list = tau.tolist()
+
+    def tau(self, k):
+        """Which of the K steps that were cloned the k-th sampling step is (E18); the network is told this one."""
+        return self.tau_list[k] if isinstance(k, int) else self.taus[k]  # no transfer from an accelerator
 
     def diffuse(self, x0, k, eps):
         """Forward process (E1): x_k from clean x0 and standard normal eps, both (..., A)."""
@@ -221,11 +231,11 @@ class NCDPO(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, steps: int = 5, hidden: int = 128, activation: str = "silu",
                  predict: str = "sample", eta: float = 1.0, clip: float = 1.0, noise_scale: float = 1.0,
-                 head: nn.Module | None = None):
+                 sampling_steps: int | None = None, head: nn.Module | None = None):
         super().__init__()
-        self.act_dim, self.K, self.predict, self.noise_scale = act_dim, steps, predict, noise_scale
+        self.act_dim, self.K, self.predict, self.noise_scale = act_dim, sampling_steps or steps, predict, noise_scale
         self.head = head or Gaussian(act_dim, std=0.22)
-        self.schedule = Schedule(steps, predict, eta, clip)
+        self.schedule = Schedule(steps, predict, eta, clip, sampling_steps)
         self.denoiser = Denoiser(obs_dim, act_dim, steps, hidden, activation)
 
     def noise(self, *shape, device=None):
@@ -235,7 +245,7 @@ class NCDPO(nn.Module):
 
     def mu(self, x, k, obs):
         """Mean of x_{k-1} given x_k and s (E3, E4); shapes as in Denoiser.forward."""
-        x0hat = self.schedule.clean(self.denoiser(x, k, obs), x, k)
+        x0hat = self.schedule.clean(self.denoiser(x, self.schedule.tau(k), obs), x, k)
         return self.schedule.mu(x0hat, x, k)
 
     def chain(self, obs, omega, last: int = 0) -> list[torch.Tensor]:
@@ -275,8 +285,8 @@ class NCDPO(nn.Module):
         return action, self.log_prob(obs, action, omega), omega
 
     def bc_loss(self, obs, action):
-        """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random k."""
-        k = torch.randint(1, self.K + 1, (len(obs),), device=obs.device)
+        """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random one of all k."""
+        k = torch.randint(1, len(self.schedule.abar), (len(obs),), device=obs.device)
         eps = torch.randn_like(action)
         abar = self.schedule.abar[k]
         target = {"epsilon": eps, "sample": action,
@@ -333,7 +343,7 @@ def ppo_update(loss_function, batch: dict, optimizer, epochs: int = 5, minibatch
     """Epochs of minibatches over `batch`, tensors of one length; the diagnostics, averaged over the minibatches taken.
 
     loss_function(**minibatch) is ppo_loss with all but its tensors filled in. The gradient of each of the optimizer's
-    groups is scaled down to max_grad_norm. No epoch follows one whose approximate KL exceeded target_kl.
+    groups is scaled down to max_grad_norm. No epoch follows one whose approximate KL, "last_kl", exceeded target_kl.
     """
     size, taken = len(batch["obs"]), []
     minibatch_size = min(minibatch_size, size)
@@ -348,10 +358,10 @@ def ppo_update(loss_function, batch: dict, optimizer, epochs: int = 5, minibatch
             optimizer.step()
             diagnostics["grad_norm"] = norm.to(loss.device)  # it is on the CPU where nothing had a gradient
             taken.append(torch.stack(list(diagnostics.values())))
-        kl = list(diagnostics).index("approx_kl")
-        if target_kl is not None and sum(taken[-per_epoch:])[kl] / per_epoch > target_kl:
+        last_kl = (sum(taken[-per_epoch:]) / per_epoch)[list(diagnostics).index("approx_kl")]
+        if target_kl is not None and last_kl > target_kl:
             break
-    return dict(zip(diagnostics, (sum(taken) / len(taken)).tolist()))
+    return dict(zip(diagnostics, (sum(taken) / len(taken)).tolist())) | {"last_kl": last_kl.item()}
 
 
 # ===== 5  The two baselines ===========================================================================================
@@ -866,7 +876,7 @@ def clone(agent: Agent, config: Config, demos, run: Path) -> None:
 
 # ===== 9  Run folder ==================================================================================================
 
-COLUMNS = ("update step seconds episodes return length approx_kl clip_fraction explained_variance policy_loss "
+COLUMNS = ("update step seconds episodes return length approx_kl last_kl clip_fraction explained_variance policy_loss "
            "value_loss entropy grad_norm sigma chain_std chain_gradient_ratio chain_clipped learning_rate "
            "seconds_simulation seconds_policy seconds_update").split()
 
@@ -906,9 +916,10 @@ def load_config(run: Path) -> Config:
         raise UserError(f"{run} is no run folder of this program, by its config.json: {first_line(error)}.") from None
 
 
-def load_agent(run: Path, device: torch.device) -> tuple[Config, Agent, dict]:
-    """Configuration, agent and whole checkpoint (Trainer.state_dict) of a run folder; raises UserError."""
-    config, path = load_config(run), run / "checkpoint.pt"
+def load_agent(run: Path, device: torch.device, **changed) -> tuple[Config, Agent, dict]:
+    """Configuration (but for what is `changed`), agent and whole checkpoint of a run folder; raises UserError."""
+    config, path = dataclasses.replace(load_config(run), **changed), run / "checkpoint.pt"
+    config.check()
     if not path.is_file():
         raise UserError(f"{run} has no checkpoint.pt: give a run folder whose training came to its first checkpoint.")
     try:
@@ -929,21 +940,23 @@ def keep_random_state(device: torch.device):
 
 
 @torch.no_grad()
-def evaluate(run: str | Path, episodes: int = 10, device: str = "auto") -> dict:
+def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **changed) -> dict:
     """Play `episodes` whole episodes of a saved run in each of three ways; the normaliser is frozen.
 
     "exploring" is the policy as it was trained; "mean action", the one to report, leaves out the final Gaussian (or
     takes the likeliest choice); "eta 0" leaves out all noise of the chain but x_K as well (DDIM), as policies are often
     deployed. Each environment, always Gymnasium's, plays exactly one episode, so that short ones are not
-    over-represented. Returns {way: {"return", "length": arrays}, "ms per decision": float}.
+    over-represented. `changed` are fields of Config, sampling_steps say. Returns {way: {"return", "length": arrays},
+    "ms per decision": float}.
     """
     with keep_random_state(device := pick_device(device)):
-        config, agent, _ = load_agent(Path(run), device)
+        config, agent, _ = load_agent(Path(run), device, **changed)
         policy, result, seed = agent.policy, {}, 1_000_003 + config.seed  # apart from the seeds of training
         ways = {"exploring": policy.act, "mean action": policy.act}
         if config.algo != "ppo":  # NCDPO's chain for DPPO too, whose own steps are noisy whatever eta
             ddim = copy.deepcopy(policy)
-            ddim.schedule = Schedule(policy.K, policy.predict, 0.0, policy.schedule.clip).to(device)
+            ddim.schedule = Schedule(config.denoising_steps, config.predict, 0.0, config.clip_denoised,
+                                     config.sampling_steps).to(device)
             ways["eta 0"] = partial(NCDPO.act, ddim)
 
         def decide(way, obs):
@@ -1027,6 +1040,7 @@ class Config:
     num_envs: int = 32  # parallel environments N
     num_steps: int = 64  # steps T of each environment in a rollout; N * T transitions make an update
     learning_rate: float = 5e-4  # of Adam, falling linearly to zero
+    adaptive_lr: bool = False  # instead, it holds the KL of an update's last epoch between half of --target-kl and that
     gamma: float = 0.98  # discount of rewards
     gae_lambda: float = 0.92  # lambda of generalised advantage estimation
     minibatch_size: int = 512  # transitions in a minibatch; a remainder smaller than that is left out of the epoch
@@ -1043,6 +1057,7 @@ class Config:
 
     # --- denoising chain of ncdpo and dppo
     denoising_steps: int = 5  # K, from 1 to 100
+    sampling_steps: int | None = None  # run the chain on so many of its K steps (E18); cloning learns all
     predict: Literal["sample", "epsilon", "v"] = "sample"  # what the network predicts (E2, E3)
     eta: float = 1.0  # noise of the reverse chain (E4): 1 is DDPM, 0 is DDIM
     noise_scale: float = 1.0  # factor of all the chain's noise, x_K and sigma_k: below 1 actions are less diverse
@@ -1065,7 +1080,7 @@ class Config:
     bc_steps: int = 20_000  # gradient steps of behaviour cloning (E2), on minibatches of 256
     bc_learning_rate: float = 1e-3  # of behaviour cloning, falling to zero along a cosine
     bc_coef: float = 0.0  # weight of the cloning loss while PPO runs (it needs --demos too)
-    critic_warmup: int = 0  # first updates in which only the critic learns
+    critic_warmup: int = 0  # first updates in which only the critic learns (it needs --critic-learning-rate)
     critic_learning_rate: float | None = None  # if given, the critic's own, and its gradient is clipped by itself
     mean_log_prob: bool = False  # average log-likelihoods over a Box action's coordinates instead of summing them
 
@@ -1085,8 +1100,12 @@ class Config:
             if kind is not bool and isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
                 limits = "above 0" if low == 1e-12 else f"from {low} to {high}".replace("to inf", "on")
                 raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
-        if not (self.scored_steps or 1) <= (self.finetune_steps or self.denoising_steps) <= self.denoising_steps:
-            raise UserError("--scored-steps may not exceed --finetune-steps, nor that --denoising-steps.")
+        chain = [self.scored_steps or 1, self.finetune_steps, self.sampling_steps, self.denoising_steps]
+        if (chain := [n for n in chain if n]) != sorted(chain):
+            raise UserError("no more than --denoising-steps can be --sampling-steps, no more than these --finetune-steps, "
+                            "and no more than these --scored-steps.")
+        if self.adaptive_lr and not self.target_kl or self.critic_warmup and not self.critic_learning_rate:
+            raise UserError("--adaptive-lr needs --target-kl, and --critic-warmup needs --critic-learning-rate.")
         if bool(self.bc_coef) != bool(self.demos) and (self.init_from or not self.demos):
             raise UserError("--bc-coef needs --demos, and --demos beside --init-from needs --bc-coef.")
         batch, H = self.num_envs * self.num_steps, self.action_chunk
@@ -1103,7 +1122,7 @@ LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at
           **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
 # What a run must share with the one that --init-from names, and with the one that --resume names
 SAME_POLICY = "env denoising_steps predict hidden activation action_chunk norm_obs".split()
-SAME_RUN = SAME_POLICY + ("algo eta noise_scale clip_denoised temperature min_std num_envs num_steps finetune_steps "
+SAME_RUN = SAME_POLICY + ("algo sampling_steps eta noise_scale clip_denoised temperature min_std num_envs num_steps finetune_steps "
                           "scored_steps critic_learning_rate").split()
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.2, gamma=0.99,
@@ -1142,7 +1161,7 @@ def make_policy(config: Config, obs_dim: int, act_dim: int, discrete: bool) -> N
     if c.algo == "ppo":
         return MLPPolicy(obs_dim, act_dim, **given)
     given |= dict(steps=c.denoising_steps, predict=c.predict, eta=c.eta, clip=c.clip_denoised,
-                  noise_scale=c.noise_scale)
+                  noise_scale=c.noise_scale, sampling_steps=c.sampling_steps)
     if c.algo == "dppo":
         given |= dict(scored_steps=c.scored_steps or c.finetune_steps, chain_gradient=c.chain_gradient,
                       min_std=c.min_std, gamma_denoising=c.gamma_denoising,
@@ -1151,7 +1170,7 @@ def make_policy(config: Config, obs_dim: int, act_dim: int, discrete: bool) -> N
     if c.checkpoint_chain:
         policy.mu = partial(checkpoint, policy.mu, use_reentrant=False, preserve_rng_state=False)
     if c.finetune_steps:
-        policy.denoiser = PartlyFrozen(policy.denoiser, c.finetune_steps)
+        policy.denoiser = PartlyFrozen(policy.denoiser, policy.schedule.tau(c.finetune_steps))
     return policy
 
 
@@ -1212,7 +1231,7 @@ class Trainer:
         self.policy, self.critic, self.demos = self.agent.policy, self.agent.critic, None
         parts = [self.policy, self.critic] if config.critic_learning_rate else [self.agent]
         groups = [[p for p in part.parameters() if p.requires_grad] for part in parts]  # each is clipped by itself
-        self.rates = [config.learning_rate, config.critic_learning_rate]
+        self.rate = config.learning_rate  # of --adaptive-lr
         self.optimizer = torch.optim.Adam([{"params": group} for group in groups], eps=1e-5, fused=True)
         self.rollout = Rollout(config.num_steps, self.env)
         self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
@@ -1223,26 +1242,32 @@ class Trainer:
         objective, whole, dims = None, getattr(self.policy, "objective", clipped_objective), self.env.act_dim
         if config.mean_log_prob and not self.env.discrete:
             objective = lambda log_ratio, A, clip: whole(log_ratio / dims, A, clip)
-        self.loss = self.plain_loss = partial(ppo_loss, self.policy, self.critic, clip_coef=config.clip_coef,
-                                              vf_coef=config.vf_coef, ent_coef=config.ent_coef, objective=objective)
+        self.loss = partial(ppo_loss, self.policy, self.critic, clip_coef=config.clip_coef,
+                            vf_coef=config.vf_coef, ent_coef=config.ent_coef, objective=objective)
         self.act = self.agent.act
         # a loop over more than ten steps takes minutes to compile; DPPO's loss takes its M scored steps at once
         self.compiles = config.compile and self.policy.K - getattr(self.policy, "M", 0) <= 10
         if self.compiles:
             torch.compiler.reset()  # or the runs of one process, say a notebook's, share one small cache
-            self.loss = compiled(self.plain_loss, self.device)
+            self.loss = compiled(self.loss, self.device)
             if self.device.type == "cuda" and self.policy.K <= 10:  # on a CPU that gains less than it costs
                 self.act = compiled(self.agent.act, self.device)
 
     def iterate(self) -> dict:
         """One rollout and one update; returns the row of metrics.csv."""
-        start = time.perf_counter()
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * (1 - self.done / self.updates)
+        start, config, left = time.perf_counter(), self.config, 1 - self.done / self.updates
+        policy, *critic = self.optimizer.param_groups  # in a warm-up the policy's Adam only collects its moments
+        policy["lr"] = 0.0 if self.done < config.critic_warmup else self.rate if config.adaptive_lr else (
+            config.learning_rate * left)
+        for group in critic:
+            group["lr"] = config.critic_learning_rate * left
         self.obs = self.rollout.collect(self.env, self.policy, self.act, self.obs)
         played = time.perf_counter()
         batch, explained = self.judge()
         row = self.learn(batch)
+        if config.adaptive_lr and self.done >= config.critic_warmup:  # bounds and factor as usual in legged robots' PPO
+            kl = row["last_kl"] / config.target_kl
+            self.rate = min(max(self.rate * (1 / 1.5 if kl > 1 else 1.5 if kl < 0.5 else 1), 1e-5), 1e-2)
         self.check_finite(batch, row)
         row |= self.report(batch)
         self.done += 1
@@ -1276,23 +1301,17 @@ class Trainer:
         return batch, (1 - (target - value).var() / target.var().clamp(min=1e-8)).item()
 
     def learn(self, batch: dict) -> dict:
-        """All epochs of PPO on a batch; returns their mean diagnostics. A warm-up is the critic's alone."""
-        config, warm_up = self.config, self.done < self.config.critic_warmup
+        """All epochs of PPO on a batch; returns their mean diagnostics."""
+        config = self.config
 
-        def loss_function(**part):
-            with torch.set_grad_enabled(not warm_up):  # the plain loss in a warm-up: this mode would be compiled too
-                loss, diagnostics = (self.plain_loss if warm_up else self.loss)(**part)
-            if warm_up:  # the policy gets no gradient, and Adam leaves it as it is
-                value = self.critic(part["obs"]).squeeze(-1)
-                loss = config.vf_coef * 0.5 * (value - part["target"]).square().mean()
-            elif config.bc_coef:  # plus the cloning loss of as many demonstrations
-                some = torch.randint(len(self.demos[0]), (len(part["obs"]),), device=self.device)
-                obs, action = (x[some] for x in self.demos[:2])
-                loss = loss + config.bc_coef * self.policy.bc_loss(self.agent.normalize(obs), action)
-            return loss, diagnostics
+        def with_cloning(**part):  # the loss plus the cloning loss of as many demonstrations
+            loss, diagnostics = self.loss(**part)
+            some = torch.randint(len(self.demos[0]), (len(part["obs"]),), device=self.device)
+            obs, action = (x[some] for x in self.demos[:2])
+            return loss + config.bc_coef * self.policy.bc_loss(self.agent.normalize(obs), action), diagnostics
 
-        return ppo_update(loss_function, batch, self.optimizer, config.update_epochs, config.minibatch_size,
-                          config.max_grad_norm, config.target_kl)
+        return ppo_update(with_cloning if config.bc_coef else self.loss, batch, self.optimizer, config.update_epochs,
+                          config.minibatch_size, config.max_grad_norm, config.target_kl)
 
     def check_finite(self, batch: dict, diagnostics: dict) -> None:
         """Raises UserError where a number of the rollout or of the update is infinite or not a number."""
@@ -1322,7 +1341,7 @@ class Trainer:
     def state_dict(self) -> dict:
         """What a checkpoint holds: tensors, numbers and strings only."""
         return {"env": self.env.env_id, "spaces": self.env.spaces, "update": self.done, "seconds": self.seconds,
-                "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "rate": self.rate, "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "random": torch.get_rng_state()}
 
     def save(self, run: Path) -> None:
@@ -1336,7 +1355,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         torch.manual_seed(1_000 * self.config.seed + state["update"])  # an accelerator must not repeat its first noise
         torch.set_rng_state(state["random"].cpu())
-        self.done, self.seconds = state["update"], state["seconds"]
+        self.done, self.seconds, self.rate = state["update"], state["seconds"], state["rate"]
         if self.done >= self.updates:
             raise UserError(f"{run} is finished after {self.done * self.batch_size:,} steps; raise --total-timesteps "
                             "to go on.")
@@ -1351,7 +1370,7 @@ class Trainer:
             raise UserError(f"{run} froze a part of its steps: repeat --finetune-steps {before.finetune_steps}.")
         _, source, _ = load_agent(run, self.device)
         if config.finetune_steps and not before.finetune_steps:
-            source.policy.denoiser = PartlyFrozen(source.policy.denoiser, config.finetune_steps)
+            source.policy.denoiser = PartlyFrozen(source.policy.denoiser, self.policy.denoiser.tuned)
         if config.algo == "dppo" or (before.algo, before.init_std) != (config.algo, config.init_std):
             source.policy.head = self.policy.head  # keep our sigma
         self.agent.load_state_dict(source.state_dict())
@@ -1497,7 +1516,7 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
         ignored |= set(groups["denoising chain of ncdpo and dppo"])
     for name in (name for name, value in given.items() if value != getattr(defaults, name)):
         flag = "--" + name.replace("_", "-")
-        if evaluate and name not in ("episodes", "device"):
+        if evaluate and name not in ("episodes", "device", "sampling_steps"):
             raise UserError(f"a saved run is played as it was trained: leave out {flag}.")
         if resume and name in ("init_from", "demos", "bc_steps", "bc_learning_rate"):
             raise UserError(f"{run} has begun already: leave out {flag}.")
@@ -1512,7 +1531,7 @@ def main(arguments: list[str] | None = None) -> int:
         config, resume, played = parse(sys.argv[1:] if arguments is None else arguments)
         config.check()
         if played:
-            print(describe(evaluate(played, config.episodes, config.device)))
+            print(describe(evaluate(played, config.episodes, config.device, sampling_steps=config.sampling_steps)))
         else:
             train(config, resume)
     except UserError as error:

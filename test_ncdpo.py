@@ -144,18 +144,21 @@ def perfect_output(predict, abar, x, x0):
     return {"sample": x0 + 0 * x, "epsilon": eps, "v": abar**0.5 * eps - (1 - abar) ** 0.5 * x0}[predict]
 
 
-@pytest.mark.parametrize("K", [1, 2, 5, 100])
+@pytest.mark.parametrize("K, S", [(1, None), (2, None), (5, None), (100, None), (20, 5), (20, 1), (7, 3)])
 @pytest.mark.parametrize("predict", PREDICT)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_eta_0(float64, K, predict, eta):  # E3, E4
-    schedule, (abar, beta) = ncdpo.Schedule(K, predict, eta, WIDE), cosine_tables(K)
+def test_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_eta_0(float64, K, S, predict, eta):  # E3, E4, E18
+    schedule, (abar, betas) = ncdpo.Schedule(K, predict, eta, WIDE, S), cosine_tables(K)
+    tau = [round(K * k / (S or K)) for k in range((S or K) + 1)]
     x0, x = torch.randn(2, 7, 4)
-    for k in range(1, K + 1):
-        now, before = abar[k], abar[k - 1]
+    for k in range(1, len(tau)):
+        now, before = abar[tau[k]], abar[tau[k - 1]]
+        beta = 1 - math.prod(1 - b for b in betas[tau[k - 1] + 1:tau[k] + 1])  # of all the steps that are one now
         mu = schedule.mu(schedule.clean(perfect_output(predict, now, x, x0), x, k), x, k)
+        assert schedule.tau(k) == schedule.tau(torch.tensor(k)) == tau[k]
         if eta == 1:
-            expected = (before**0.5 * beta[k] * x0 + (1 - beta[k]) ** 0.5 * (1 - before) * x) / (1 - now)
-            variance = (1 - before) / (1 - now) * beta[k]
+            expected = (before**0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - before) * x) / (1 - now)
+            variance = (1 - before) / (1 - now) * beta
         else:
             expected = before**0.5 * x0 + (1 - before) ** 0.5 * (x - now**0.5 * x0) / (1 - now) ** 0.5
             variance = 0.0
@@ -179,7 +182,7 @@ class Perfect(torch.nn.Module):
 
     def __init__(self, policy, x0, shift=0.0):
         super().__init__()
-        self.abar = torch.tensor(cosine_tables(policy.K)[0])[:, None]
+        self.abar = torch.tensor(cosine_tables(len(policy.schedule.abar) - 1)[0])[:, None]
         self.predict, self.x0, self.shift, self.seen = policy.predict, x0, shift, set()
 
     def forward(self, x, k, obs):
@@ -188,21 +191,22 @@ class Perfect(torch.nn.Module):
         return perfect_output(self.predict, self.abar[k], x, x0) + self.shift
 
 
-@pytest.mark.parametrize("K", [1, 5, 100])
+@pytest.mark.parametrize("K, S", [(1, None), (5, None), (100, None), (20, 4)])
 @pytest.mark.parametrize("predict", PREDICT)
 @pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_perfect_denoiser_recovers_the_action_from_any_noise(float64, K, predict, algo, eta):  # E3-E6
-    policy = make_policy(algo, denoising_steps=K, predict=predict, eta=eta, clip_denoised=1.0)
+def test_perfect_denoiser_recovers_the_action_from_any_noise(float64, K, S, predict, algo, eta):  # E3-E6, E18
+    policy = make_policy(algo, denoising_steps=K, sampling_steps=S, predict=predict, eta=eta, clip_denoised=1.0)
     x0 = torch.rand(50, 2) * 2 - 1
     policy.denoiser = Perfect(policy, x0)
     torch.testing.assert_close(policy.sample(torch.randn(50, 3), deterministic=True)[0], x0)
+    assert policy.denoiser.seen == set(range(1, K + 1) if S is None else [5, 10, 15, 20])
 
 
 @pytest.mark.parametrize("predict", PREDICT)
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_behaviour_cloning_loss_is_the_squared_error_against_a_perfect_network(float64, predict, shift):  # E2
-    policy, action = make_policy(denoising_steps=7, predict=predict), torch.randn(500, 2)
+    policy, action = make_policy(denoising_steps=7, sampling_steps=2, predict=predict), torch.randn(500, 2)
     policy.denoiser = Perfect(policy, action, shift)
     assert policy.bc_loss(torch.randn(500, 3), action).item() == pytest.approx(shift**2, abs=1e-20)
     assert policy.denoiser.seen == set(range(1, 8))
@@ -242,21 +246,23 @@ def test_normalizer_agrees_with_numpy_over_uneven_batches(float64):
 # --- 3 and 5  policies -----------------------------------------------------------------------------------------------
 
 def reference_step(policy, predict, eta, x, k, obs):
-    """mu_k and sigma_k of E3, E4 as the README writes them, without the tables of Schedule."""
-    abar, beta = cosine_tables(policy.K)
-    now, before = abar[k], abar[k - 1]
-    output = policy.denoiser(x, k, obs)
+    """mu_k and sigma_k of E3, E4, E18 as the README writes them, without the tables of Schedule."""
+    K, S = len(policy.schedule.abar) - 1, policy.K
+    abar, tau = cosine_tables(K)[0], round(K * k / S)
+    now, before = abar[tau], abar[round(K * (k - 1) / S)]
+    output = policy.denoiser(x, tau, obs)
     x0 = {"sample": output, "epsilon": (x - (1 - now) ** 0.5 * output) / now**0.5,
           "v": now**0.5 * x - (1 - now) ** 0.5 * output}[predict].clamp(-policy.schedule.clip, policy.schedule.clip)
-    variance = eta**2 * (1 - before) / (1 - now) * beta[k]
+    variance = eta**2 * (1 - before) / (1 - now) * (1 - now / before)
     eps = (x - now**0.5 * x0) / (1 - now) ** 0.5
     return before**0.5 * x0 + max(1 - before - variance, 0) ** 0.5 * eps, variance**0.5
 
 
 @pytest.mark.parametrize("predict", PREDICT)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ncdpo_mean_is_the_sampler_run_on_given_noise(float64, predict, eta):  # E5, E6
-    policy = make_policy(denoising_steps=4, predict=predict, eta=eta, clip_denoised=0.8)
+@pytest.mark.parametrize("K", [4, 8, 11])
+def test_ncdpo_mean_is_the_sampler_run_on_given_noise(float64, predict, eta, K):  # E5, E6, E18
+    policy = make_policy(denoising_steps=K, sampling_steps=4, predict=predict, eta=eta, clip_denoised=0.8)
     obs, omega = torch.randn(9, 3), torch.randn(9, 4, 2)
     noise = {"x4": omega[:, 0], 4: omega[:, 1], 3: omega[:, 2], 2: omega[:, 3], 1: 0.0}
     x = noise["x4"]
@@ -267,11 +273,11 @@ def test_ncdpo_mean_is_the_sampler_run_on_given_noise(float64, predict, eta):  #
 
 
 @pytest.mark.parametrize("M", [1, 2, 4, 5])
-@pytest.mark.parametrize("predict, noise_scale, discrete", [
-    ("sample", 1.0, False), ("epsilon", 0.6, True), ("v", 0.6, False)])
-def test_dppo_draws_and_scores_its_steps_as_a_plain_loop_does(float64, M, predict, noise_scale, discrete):  # E15, E16
-    """Five steps: the last M are scored, those before follow E5 on the noise that is kept."""
-    given = dict(denoising_steps=5, predict=predict, eta=0.7, min_std=0.3, temperature=0.5, clip_denoised=0.8)
+@pytest.mark.parametrize("predict, noise_scale, discrete, K", [
+    ("sample", 1.0, False, 5), ("epsilon", 0.6, True, 5), ("v", 0.6, False, 12)])
+def test_dppo_draws_and_scores_its_steps_as_a_plain_loop_does(float64, M, predict, noise_scale, discrete, K):
+    """E15, E16: five steps, of K; the last M are scored, those before follow E5 on the noise that is kept."""
+    given = dict(denoising_steps=K, sampling_steps=5, predict=predict, eta=0.7, min_std=0.3, temperature=0.5, clip_denoised=0.8)
     policy = make_policy("dppo", discrete=discrete, scored_steps=M, noise_scale=noise_scale, **given)
     obs, (omega, noise) = torch.randn(11, 3), policy.noise(11)
     action, kept = policy.act(obs, omega, noise)
@@ -603,7 +609,8 @@ def test_update_takes_whole_minibatches_in_a_new_order_each_epoch_and_clips_each
 
 @pytest.mark.parametrize("kl, minibatches", [(0.03, 8), (0.06, 2)])
 def test_target_kl_is_compared_with_the_mean_of_each_epoch(kl, minibatches):
-    assert len(descend(100, kl, epochs=4, minibatch_size=50, target_kl=0.05)[0]) == minibatches
+    picks, _, _, row = descend(100, kl, epochs=4, minibatch_size=50, target_kl=0.05)
+    assert len(picks) == minibatches and row["last_kl"] == pytest.approx(kl)
 
 
 # --- 6  environments -------------------------------------------------------------------------------------------------
@@ -926,6 +933,21 @@ def test_adam_takes_the_learning_rates_of_the_update(critics_own):
     assert sizes == (parts if critics_own else [sum(parts)])
 
 
+def test_adaptive_rate_holds_the_kl_of_the_last_epoch_between_its_target_and_half_of_it(monkeypatch, tmp_path):
+    kls, taken, given = iter([0.5, 0.03, 0.015, 0.005, 9]), [], dict(adaptive_lr=True, target_kl=0.02)
+    trainer = ncdpo.Trainer(config(learning_rate=3e-4, critic_warmup=1, critic_learning_rate=1e-3, **given))
+    monkeypatch.setattr(ncdpo, "ppo_update", lambda *_: {"last_kl": next(kls)})
+    for _ in range(4):
+        trainer.iterate()
+        taken.append([group["lr"] for group in trainer.optimizer.param_groups] + [trainer.rate])
+    np.testing.assert_allclose(taken, [[0, 1e-3, 3e-4], [3e-4, 7.5e-4, 2e-4], [2e-4, 5e-4, 2e-4], [2e-4, 2.5e-4, 3e-4]])
+    assert trainer.state_dict()["rate"] == trainer.rate
+    for start, bound in ((1e-5, 1e-5), (9e-3, 1e-2)):
+        kls, trainer.rate = iter([9.0 if start < 1e-3 else 0.0]), start
+        trainer.iterate()
+        assert trainer.rate == bound
+
+
 @pytest.mark.parametrize("algo, discrete", [("ncdpo", False), ("dppo", False), ("ncdpo", True)])
 def test_mean_log_prob_divides_a_box_actions_log_ratio_by_its_coordinates(algo, discrete):
     """So a log-ratio of d has the loss that one of d / 6 has without the flag: chunks of 3 actions of 2 coordinates."""
@@ -1168,7 +1190,7 @@ def test_sigma_is_the_one_asked_for_or_else_the_one_learnt(clone):
 
 def test_critic_warmup_leaves_the_actor_where_it_was(clone):
     run, _, given = clone
-    trainer = ncdpo.Trainer(config(critic_warmup=1, **given))
+    trainer = ncdpo.Trainer(config(critic_warmup=1, critic_learning_rate=1e-3, **given))
     trainer.init_from(run)
     actor, critic = ([p.clone() for p in part.parameters()] for part in (trainer.policy, trainer.critic))
     trainer.iterate()
@@ -1176,17 +1198,6 @@ def test_critic_warmup_leaves_the_actor_where_it_was(clone):
     assert not any(torch.equal(a, b) for a, b in zip(critic, trainer.critic.parameters()))
     trainer.iterate()
     assert not any(torch.equal(a, b) for a, b in zip(actor, trainer.policy.parameters()))
-
-
-def test_warmup_learns_from_the_critics_part_of_the_loss(batches):
-    trainer = ncdpo.Trainer(config(vf_coef=0.7, critic_warmup=1))
-    trainer.iterate()
-    batch, loss_function = batches[0][:2]
-    (loss, diagnostics), (whole, expected) = loss_function(**batch), trainer.loss(**batch)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.7 * expected["value_loss"].item()) and diagnostics == expected
-    for p, grad in zip(trainer.critic.parameters(), torch.autograd.grad(whole, list(trainer.critic.parameters()))):
-        torch.testing.assert_close(p.grad, grad)
 
 
 @pytest.mark.parametrize("norm_obs", [True, False])
