@@ -36,23 +36,17 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import difflib
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import time
-import timeit
 import typing
 import warnings
-import zipfile
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -65,7 +59,6 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.optim import swa_utils
-from torch.utils.checkpoint import checkpoint
 
 # ===== 1  Noise schedule ==============================================================================================
 
@@ -285,7 +278,7 @@ class NCDPO(nn.Module):
         return action, self.log_prob(obs, action, omega), omega
 
     def bc_loss(self, obs, action):
-        """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random one of all k."""
+        """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random k of K."""
         k = torch.randint(1, len(self.schedule.abar), (len(obs),), device=obs.device)
         eps = torch.randn_like(action)
         abar = self.schedule.abar[k]
@@ -361,7 +354,7 @@ def ppo_update(loss_function, batch: dict, optimizer, epochs: int = 5, minibatch
         last_kl = (sum(taken[-per_epoch:]) / per_epoch)[list(diagnostics).index("approx_kl")]
         if target_kl is not None and last_kl > target_kl:
             break
-    return dict(zip(diagnostics, (sum(taken) / len(taken)).tolist())) | {"last_kl": last_kl.item()}
+    return dict(zip([*diagnostics, "last_kl"], torch.stack([*(sum(taken) / len(taken)), last_kl]).tolist()))
 
 
 # ===== 5  The two baselines ===========================================================================================
@@ -451,17 +444,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@contextmanager
-def signals(handler, *numbers):
-    """Handle these signals by `handler` inside the block (only the main thread may, and needs to)."""
-    before = {n: signal.signal(n, handler) for n in numbers if threading.current_thread() is threading.main_thread()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class VectorEnv:
     """N copies of a task that take and give tensors on `device`.
 
@@ -469,7 +451,8 @@ class VectorEnv:
     A decision is a chunk of H actions (H = 1 unless asked for): an action is (N, H * A), a reward (N, H), NaN for steps
     after an episode's end. Box actions live in [-1, 1] here and are clipped and rescaled; final_obs (N, S) is where a
     step really led: it differs from obs (where the next step starts) in those environments that ended and were reset in
-    the same step. `vector` is auto (MuJoCo in batches where the task allows it, else sync), sync or async.
+    the same step. `vector` is auto (MuJoCo in batches where the task allows it, on a GPU by Warp, else sync), warp,
+    sync or async.
     """
 
     def __init__(self, env_id: str, num_envs: int, device: torch.device, vector: str = "auto", chunk: int = 1):
@@ -489,9 +472,20 @@ class VectorEnv:
             self.act_dim, self.center, self.scale = len(low), (high + low) / 2, (high - low) / 2
         self.obs_dim = math.prod(obs_space.shape)
         self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
-        task = batched_task(one) if vector == "auto" else None
-        self.vector = "batched" if task else vector.replace("auto", "sync")
-        self.envs = MujocoEnvs(task, num_envs, chunk) if task else GymnasiumEnvs(env_id, num_envs, self.vector, chunk)
+        task = batched_task(one) if vector in ("auto", "warp") else None
+        if vector == "warp" and not task:
+            raise UserError(f"--vector warp has no formulas of {env_id}: leave it out.")
+        warp = vector == "warp" or task and device.type == "cuda" and importlib.util.find_spec("mujoco_warp")
+        self.vector = "warp" if warp else "batched" if task else vector.replace("auto", "sync")
+        self.home = device if warp else torch.device("cpu")  # of the simulator; with Warp nothing waits for the other
+        if not self.discrete:
+            self.center, self.scale = self.center.to(self.home), self.scale.to(self.home)
+        try:
+            self.envs = MujocoEnvs(task, WarpPool if warp else MujocoPool, num_envs, chunk, self.home) if task else (
+                GymnasiumEnvs(env_id, num_envs, self.vector, chunk))
+        except Exception as error:  # no mujoco-warp, a model that it cannot simulate, too little memory
+            raise UserError(f"cannot make {num_envs} x {env_id} ({self.vector}): {first_line(error)}; pip install "
+                            "mujoco-warp, fewer --num-envs or --vector sync may help.") from error
         self.close = self.envs.close
         if not task:
             one.close()
@@ -503,7 +497,7 @@ class VectorEnv:
 
     def step(self, action):
         """Action (N, H * A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N, H), two bools (N,)."""
-        action = action.cpu()
+        action = action.to(self.home)
         action = action + self.start if self.discrete else self.center + self.scale * action.clamp(-1, 1)
         try:
             return [x.to(self.device) for x in self.envs.step(action)]
@@ -512,26 +506,15 @@ class VectorEnv:
 
 
 def make_env(env_id: str, **more) -> gym.Env:
-    """gym.make; raises UserError, for an unknown name with the nearest ones."""
+    """gym.make without warnings of age; raises UserError for an unknown name or a task that cannot be made."""
     try:
-        task = gym.spec(env_id)
-    except (gym.error.Error, ImportError) as error:
-        there = [name for name, task in gym.registry.items() if "mujoco_py" not in str(task.entry_point)]  # v2, v3
-        near = " or ".join(difflib.get_close_matches(env_id, there, n=3))
-        raise UserError(f"unknown environment {env_id!r}" + (f"; did you mean {near}?" if near else
-                        f" ({error}); gymnasium.pprint_registry() lists the known ones.")) from None
-    try:
+        if "mujoco" in str(gym.spec(env_id).entry_point):
+            import mujoco
+            mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of Gymnasium's models, N times
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
-            if not str(task.entry_point).startswith("gymnasium.envs.mujoco"):
-                return gym.make(env_id, disable_env_checker=True, **more)
-            import mujoco
-            mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of their XML, N times
-            try:
-                return gym.make(env_id, disable_env_checker=True, **more)
-            finally:
-                mujoco.set_mju_user_warning(None)
-    except Exception as error:  # a missing package, a missing display, or a mistake in the environment's own code
+            return gym.make(env_id, disable_env_checker=True, **more)
+    except Exception as error:  # also a missing display, or a mistake in the environment's own code
         opengl = " (unset MUJOCO_GL, or set it to egl or osmesa)" if "MUJOCO_GL" in os.environ else ""
         raise UserError(f"cannot make {env_id}: {first_line(error)}{opengl}") from error
 
@@ -562,8 +545,7 @@ class GymnasiumEnvs:
     def __init__(self, env_id: str, num_envs: int, vector: str, chunk: int):
         make = lambda: ActionChunk(make_env(env_id), chunk) if chunk > 1 else make_env(env_id)
         kind = gym.vector.SyncVectorEnv if vector == "sync" else gym.vector.AsyncVectorEnv
-        with signals(signal.SIG_IGN, signal.SIGINT):  # Ctrl-C is not for async's workers
-            self.envs = kind([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        self.envs = kind([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         self.envs._rewards = np.zeros((num_envs, chunk))  # sync's buffer, with room for every step of a chunk
         self.dtype, self.shape, self.close = self.envs.single_action_space.dtype, (num_envs, -1), self.envs.close
 
@@ -590,11 +572,9 @@ class MujocoPool:
     As in Gymnasium, derived ones are those of the last evaluation, before the last substep or (RK4) within it.
     """
 
-    def __init__(self, model, num_envs: int, frame_skip: int, fields=()):
-        from mujoco import batch, mjtWarning
+    def __init__(self, model, num_envs: int, frame_skip: int, fields, device: torch.device):
+        from mujoco import batch
         self.batch, self.frame_skip = batch.Batch(model, num_envs, torch.get_num_threads()), frame_skip
-        self.state = self.batch.state[:, :1 + model.nq + model.nv]  # time, qpos, qvel
-        self.warnings = self.batch.warning[:, mjtWarning.mjWARN_BADQPOS:mjtWarning.mjWARN_BADCTRL, 1]
         for name in ("qpos", "qvel", "ctrl", *fields):
             memory = self.batch.bind(name)
             memory.flags.writeable = True  # nobody writes, but torch warns of memory that is not
@@ -605,36 +585,75 @@ class MujocoPool:
         self.ctrl.copy_(ctrl)
         self.batch.step(nstep=self.frame_skip)
 
-    def restart(self, rows: np.ndarray, qpos, qvel):
-        """Begin anew in the environments `rows` (sorted), in these states."""
-        self.batch.reset(rows, stage=0)
-        self.qpos[rows], self.qvel[rows] = qpos, qvel
-        self.batch.forward(rows)  # derived quantities, and the solver's warm start
+    def restart(self, where, qpos, qvel):
+        """Begin anew in the environments `where` (N,) is true, in these states, qpos (N, nq) and qvel (N, nv)."""
+        if len(rows := np.flatnonzero(where)):
+            self.batch.reset(rows, stage=0)
+            self.qpos[rows], self.qvel[rows] = qpos[rows], qvel[rows]
+            self.batch.forward(rows)  # derived quantities, and the solver's warm start
 
-    def diverged(self):
-        """Environments (N,) whose state was NaN or above MuJoCo's limit of 1e10 at some time since their start."""
-        # MuJoCo looks at the start of a substep, and counts a warning; the newest state is looked at here
-        return torch.from_numpy(self.warnings.any(1) | ~(np.abs(self.state).max(1) < 1e10))
+
+class WarpPool:
+    """The same on `device` by MuJoCo Warp: float32 views of its arrays, and nothing ever waits for the device.
+
+    The substeps are recorded once, as a CUDA graph (on a CPU as one of Warp's own), and launched.
+    """
+
+    def __init__(self, model, num_envs: int, frame_skip: int, fields, device: torch.device):
+        import mujoco_warp
+        import warp
+        warp.config.log_level = warp.LOG_WARNING
+        with warp.ScopedDevice(str(device)):
+            m, contacts = mujoco_warp.put_model(model), 3 * model.ngeom  # a capsule lies on the floor at two points
+            d = mujoco_warp.make_data(model, num_envs, nconmax=contacts, njmax=4 * contacts + model.njnt)
+            mujoco_warp.step(m, d)  # compiles
+            with warp.ScopedCapture() as step:
+                for _ in range(frame_skip):
+                    mujoco_warp.step(m, d)
+            with warp.ScopedCapture() as forward:
+                mujoco_warp.forward(m, d)
+        stream = warp.stream_from_torch(device) if device.type == "cuda" else None
+        self._step, self._forward = (partial(warp.capture_launch, x.graph, stream) for x in (step, forward))
+        views = {name: warp.to_torch(getattr(d, name)) for name in ("qpos", "qvel", "ctrl", "qacc_warmstart", *fields)}
+        vars(self).update(views)
+        self.derived, self.arrays = [views[name] for name in ("qacc_warmstart", *fields)], (m, d)  # kept alive
+
+    def step(self, ctrl):
+        self.ctrl.copy_(ctrl)
+        self._step()
+
+    def restart(self, where, qpos, qvel):
+        choose = lambda new, old: new.where(where.view(-1, *[1] * (old.dim() - 1)), old)
+        self.qpos.copy_(choose(qpos, self.qpos))
+        self.qvel.copy_(choose(qvel, self.qvel))
+        self.qacc_warmstart.masked_fill_(where[:, None], 0)
+        if len(self.derived) > 1:  # what the formulas read of them, in the new episodes alone
+            before = [x.clone() for x in self.derived]
+            self._forward()
+            for now, old in zip(self.derived, before):
+                now.copy_(choose(now, old))
 
 
 class Locomotion:
-    """Gymnasium's formulas over a MujocoPool `p`: forward velocity plus health minus control cost.
+    """Gymnasium's formulas over a pool `p`: forward velocity plus health minus control cost.
 
     All constants are read from Gymnasium's object `env`; `limit` is the number of steps of an episode. `hidden` of the
     positions are not observed, velocities up to `top_speed`; the noise of the first velocities is uniform or `normal`.
     """
 
-    def __init__(self, env: gym.Env, limit: float, hidden=0, normal=False, top_speed=math.inf, height=1, noise_scale=0,
-                 fields=()):
+    def __init__(self, env: gym.Env, limit: float, hidden: int, normal=False, top_speed=math.inf, height=1, fields=()):
         self.env, self.limit, self.v4, self.fields = env, limit, type(env).__module__.endswith("v4"), fields
         self.normal, self.top_speed, self.height = normal, top_speed, height
-        self.noise_scale = getattr(env, "_reset_noise_scale", noise_scale)
-        self.hidden = hidden * getattr(env, "_exclude_current_positions_from_observation", 0)
+        self.hidden = hidden * env._exclude_current_positions_from_observation
+        self.first = torch.from_numpy(env.init_qpos), torch.from_numpy(env.init_qvel)
 
-    def start(self, u, v):
-        """Start states from standard noise (n, nq), (n, nv): u uniform in [0, 1), v too unless it is `normal`."""
-        s, qpos, qvel = self.noise_scale, u.new_tensor(self.env.init_qpos), v.new_tensor(self.env.init_qvel)
-        return qpos + (2 * s * u - s), qvel + (s * v if self.normal else 2 * s * v - s)
+    def start(self, p, random: torch.Generator):
+        """Start states for all environments, qpos (N, nq) and qvel (N, nv)."""
+        draw = lambda kind, like: kind(like.shape, generator=random, dtype=like.dtype, device=like.device)
+        u, v = draw(torch.rand, p.qpos), draw(torch.randn if self.normal else torch.rand, p.qvel)
+        qpos, qvel = self.first = [x.to(u) for x in self.first]
+        s = self.env._reset_noise_scale
+        return qpos + s * (2 * u - 1), qvel + s * (v if self.normal else 2 * v - 1)
 
     def x(self, p):
         if "xpos" in self.fields:  # Ant's torso, which lags behind qpos, as in Gymnasium
@@ -642,7 +661,7 @@ class Locomotion:
         return p.qpos[:, 0]
 
     def obs(self, p):
-        return torch.cat([p.qpos[:, self.hidden:], p.qvel.clamp(-self.top_speed, self.top_speed)], 1)
+        return torch.cat([p.qpos[:, self.hidden:], p.qvel.clamp(-self.top_speed, self.top_speed)], 1).float()
 
     def healthy(self, p):
         """Whether each environment may go on (N,); where a task has no such range, all may."""
@@ -659,29 +678,9 @@ class Locomotion:
         return reward + getattr(env, "_healthy_reward", 0) * paid, ~healthy & ends
 
 
-class Pendulum(Locomotion):
-    def outcome(self, p, x_before, action):
-        fell = p.qpos[:, 1].abs() > 0.2
-        return torch.ones_like(p.qpos[:, 1]) if self.v4 else (~fell).double(), fell
-
-
-class DoublePendulum(Locomotion):
-    def obs(self, p):
-        cart, angle, force = p.qpos[:, :1], p.qpos[:, 1:], p.qfrc_constraint if self.v4 else p.qfrc_constraint[:, :1]
-        return torch.cat([cart, angle.sin(), angle.cos(), p.qvel.clamp(-10, 10), force.clamp(-10, 10)], 1)
-
-    def outcome(self, p, x_before, action):
-        x, y, v = p.site_xpos[:, 0, 0], p.site_xpos[:, 0, 2], p.qvel  # the tip lags behind qpos, as in Gymnasium
-        alive = 10 if self.v4 else self.env._healthy_reward * (y > 1).double()
-        return alive - 0.01 * x**2 - (y - 2)**2 - 1e-3 * v[:, 1]**2 - 5e-3 * v[:, 2]**2, y <= 1
-
-
-TASKS = {"half_cheetah": (Locomotion, dict(hidden=1, normal=True)), "swimmer": (Locomotion, dict(hidden=2)),
-         "hopper": (Locomotion, dict(hidden=1, top_speed=10)), "walker2d": (Locomotion, dict(hidden=1, top_speed=10)),
-         "ant": (Locomotion, dict(hidden=2, normal=True, height=2, fields=("xpos",))),
-         "inverted_pendulum": (Pendulum, dict(noise_scale=0.01)),
-         "inverted_double_pendulum": (DoublePendulum, dict(normal=True, noise_scale=0.1,
-                                                           fields=("site_xpos", "qfrc_constraint")))}
+TASKS = {"half_cheetah": dict(hidden=1, normal=True), "hopper": dict(hidden=1, top_speed=10),
+         "walker2d": dict(hidden=1, top_speed=10), "swimmer": dict(hidden=2),
+         "ant": dict(hidden=2, normal=True, height=2, fields=("xpos",))}
 
 
 def batched_task(env: gym.Env) -> Locomotion | None:
@@ -697,51 +696,46 @@ def batched_task(env: gym.Env) -> Locomotion | None:
         return None  # MuJoCo older than 4, or a model of which it may not know all of the state
     if family == "ant" and (version == "v5" or env._use_contact_forces):
         return None  # observes contact forces, which cost a further MuJoCo call for each environment
-    kind, constants = TASKS[family]
-    return kind(env, limit, **constants)
+    return Locomotion(env, limit, **TASKS[family])
 
 
 class MujocoEnvs:
-    """A MuJoCo task in batches, as VectorEnv wants it. Start states are Gymnasium's: every copy has a generator."""
+    """A MuJoCo task in batches, as VectorEnv wants it, without a branch on what happens in an environment."""
 
-    def __init__(self, task: Locomotion, num_envs: int, chunk: int):
-        self.task, self.num_envs, self.chunk, self.close = task, num_envs, chunk, task.env.close
-        self.pool = MujocoPool(task.env.model, num_envs, task.env.frame_skip, task.fields)
-        self.age = torch.zeros(num_envs, dtype=torch.long)
+    def __init__(self, task: Locomotion, pool, num_envs: int, chunk: int, device: torch.device):
+        self.task, self.chunk, self.device, self.close = task, chunk, device, task.env.close
+        self.pool = pool(task.env.model, num_envs, task.env.frame_skip, task.fields, device)
+        self.age, self.random = torch.zeros(num_envs, dtype=torch.long, device=device), torch.Generator(device)
 
     def reset(self, seeds: list[int]):
-        self.random = [gym.utils.seeding.np_random(seed)[0] for seed in seeds]
-        return self._start(np.arange(self.num_envs))
+        self.random.manual_seed(seeds[0])
+        return self.start(torch.ones_like(self.age, dtype=torch.bool))
+
+    def start(self, where):
+        """Observations (N, S) after new episodes have begun where `where` (N,) is true."""
+        self.pool.restart(where, *self.task.start(self.pool, self.random))
+        self.age.masked_fill_(where, 0)
+        return self.task.obs(self.pool)
 
     def step(self, action):
-        task, pool, reward = self.task, self.pool, torch.full((self.num_envs, self.chunk), torch.nan)
-        terminated, truncated = torch.zeros(2, self.num_envs, dtype=torch.bool)
-        alive = ~terminated
+        task, pool = self.task, self.pool
+        reward = torch.full((len(action), self.chunk), torch.nan, device=self.device)
+        terminated, truncated = torch.zeros(2, len(action), dtype=torch.bool, device=self.device)
+        alive, final_obs = ~terminated, task.obs(pool)
         for i, part in enumerate(action.chunk(self.chunk, 1)):
             x_before = task.x(pool).clone()
             pool.step(part)  # also where the episode has ended: what happens there is not looked at
-            (one, fell), obs, diverged = task.outcome(pool, x_before, part), task.obs(pool).float(), pool.diverged()
-            if diverged.any():
-                # MuJoCo has put these models back into their XML's pose, and Gymnasium would go on from there. What is
-                # to come is no consequence of any action: the episode terminates, with zeros for what is not known.
-                one[diverged], obs[diverged] = 0, 0
-            final_obs = obs if i == 0 else torch.where(alive[:, None], obs, final_obs)
-            reward[:, i] = one.where(alive, torch.nan)
+            (one, fell), obs = task.outcome(pool, x_before, part), task.obs(pool)
+            # a state that diverged is no consequence of an action: it terminates, with zeros for what is not known
+            diverged = ~(torch.cat([pool.qpos, pool.qvel], 1).abs() < 1e10).all(1)  # MuJoCo's own limit
+            one, obs = one.masked_fill(diverged, 0), obs.masked_fill(diverged[:, None], 0)
+            final_obs = torch.where(alive[:, None], obs, final_obs)
+            reward[:, i] = one.masked_fill(~alive, torch.nan)
             self.age += 1
             terminated |= alive & (diverged | fell)
             truncated |= alive & (self.age >= task.limit)
             alive = ~(terminated | truncated)
-        obs = final_obs if alive.all() else self._start(np.flatnonzero(~alive))
-        return obs, reward, terminated, truncated, final_obs
-
-    def _start(self, rows: np.ndarray):
-        """Observations (N, S) after new episodes have begun in `rows`."""
-        nq, nv = self.pool.qpos.shape[1], self.pool.qvel.shape[1]
-        noise = [(r.random(nq), r.standard_normal(nv) if self.task.normal else r.random(nv))
-                 for r in (self.random[i] for i in rows)]
-        self.pool.restart(rows, *self.task.start(*(torch.from_numpy(np.stack(part)) for part in zip(*noise))))
-        self.age[rows] = 0
-        return self.task.obs(self.pool).float()
+        return self.start(~alive), reward, terminated, truncated, final_obs
 
 
 # ===== 7  Rollout =====================================================================================================
@@ -758,16 +752,13 @@ class Rollout:
     @torch.no_grad()
     def collect(self, env: VectorEnv, policy: NCDPO, act, obs):
         """Play from `obs` on; act(obs, omega, noise) is Agent.act, perhaps compiled. Returns the next observation."""
-        steps, self.seconds_simulation = len(self.obs), 0.0
-        omega, noise = policy.noise(steps, env.num_envs, device=env.device)  # afresh for each step (E9)
+        omega, noise = policy.noise(*self.ended.shape, device=env.device)  # afresh for each step (E9)
         played = []  # actions, and what must be kept to score them again
-        for t in range(steps):
+        for t in range(len(self.obs)):
             self.obs[t] = obs
-            played.append(act(obs, omega[t], noise[t]))
-            action, start = played[-1][0].cpu(), time.perf_counter()  # an accelerator finishes `act` first
-            obs, self.reward[t], terminated, truncated, self.final_obs[t] = env.step(action)
+            played.append([x.clone() for x in act(obs, omega[t], noise[t])])  # a CUDA graph reuses its outputs' memory
+            obs, self.reward[t], terminated, truncated, self.final_obs[t] = env.step(played[-1][0])
             self.terminated[t], self.ended[t] = terminated, terminated | truncated
-            self.seconds_simulation += time.perf_counter() - start
         self.action, self.latent = (torch.stack(column) for column in zip(*played))
         return obs
 
@@ -804,24 +795,21 @@ def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor,
         raise UserError(f"{env.env_id} has Discrete actions; demonstrations of Box actions only can be cloned.")
     try:
         with np.load(source, allow_pickle=False) as file:
-            demos = {key: file[key] for key in DEMO_KEYS}
-        if not all(array.ndim and array.dtype.kind in "biuf" for array in demos.values()):
-            raise ValueError("not arrays of numbers")
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            demos = {key: np.asarray(file[key], float) for key in DEMO_KEYS}
+    except Exception as error:  # a damaged file can raise nearly anything
         raise UserError(f"cannot read demonstrations from {source} ({first_line(error)}); notebooks/demos.py "
                         "writes such a file: it records a run, and converts D4RL and Minari.") from None
-    n, H, dims = len(demos["rewards"]), env.chunk, env.act_dim // env.chunk
+    n, H, dims = demos["rewards"].size, env.chunk, env.act_dim // env.chunk
     for key, size in zip(DEMO_KEYS, (env.obs_dim, dims, 1, 1, 1)):
         if demos[key].size != n * size or not n:
             raise UserError(f"{key} of {source} have the shape {demos[key].shape}, but {n} steps of {env.env_id} need "
                             f"({n}, {size}): these are not demonstrations of this task.")
         demos[key] = demos[key].reshape(n, size)
-        if not (good := np.isfinite(demos[key]).all(1)).all():
-            raise UserError(f"{key} of {source} are not finite in row {good.argmin()}; remove that episode.")
-    action = (demos["actions"] - env.center[:dims].numpy()) / env.scale[:dims].numpy()
-    if not (good := (np.abs(action) <= 1.001).all(1)).all():
-        raise UserError(f"actions of {source} leave the task's action space in row {good.argmin()}: "
-                        f"{demos['actions'][good.argmin()]}; scale or clip them.")
+    action = (demos["actions"] - env.center[:dims].cpu().numpy()) / env.scale[:dims].cpu().numpy()
+    good = np.isfinite(np.hstack(list(demos.values()))).all(1) & (np.abs(action) <= 1.001).all(1)
+    if not good.all():
+        raise UserError(f"row {good.argmin()} of {source} has a number that is not finite or an action outside of "
+                        f"the task's space ({demos['actions'][good.argmin()]}): scale them, or drop that episode.")
     end = (demos["terminations"] + demos["truncations"] > 0).squeeze(1)
     episode = np.cumsum(end) - end  # the number of each row's episode
     start = np.flatnonzero(episode[H - 1:] == episode[:max(0, n + 1 - H)])
@@ -835,11 +823,10 @@ def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor,
     return tensor(demos["observations"][start]), tensor(chunks), episode[start]
 
 
-def clone(agent: Agent, config: Config, demos, run: Path) -> None:
+def clone(agent: Agent, config: Config, demos) -> None:
     """Behaviour cloning (E2): Adam, a cosine schedule, and at the end a moving average of the weights.
 
-    `demos` as load_demos returns them. A twentieth of the episodes is held out; its loss and the loss of training are
-    the columns of cloning.csv in the run folder.
+    `demos` as load_demos returns them. A twentieth of the episodes is held out; its loss is printed beside the other.
     """
     obs, action, episode = demos
     agent.obs_norm.update(obs)
@@ -851,7 +838,7 @@ def clone(agent: Agent, config: Config, demos, run: Path) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.bc_steps)
     decay = max(0.0, 1 - 10 / config.bc_steps)  # the last tenth of the steps
     average = swa_utils.AveragedModel(policy, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
-    rows, total, every = ["step,loss,held_out_loss"], 0.0, max(1, config.bc_steps // 20)
+    total, every = 0.0, max(1, config.bc_steps // 20)
     for step in range(1, config.bc_steps + 1):
         pick = seen[torch.randint(len(seen), (256,), device=obs.device)]
         loss = policy.bc_loss(obs[pick], action[pick])
@@ -866,32 +853,29 @@ def clone(agent: Agent, config: Config, demos, run: Path) -> None:
                 torch.manual_seed(0)  # the same noise each time, so that only learning moves the loss
                 unseen_loss = average.module.bc_loss(obs[unseen], action[unseen])
             print(f"{step:>13,} cloning steps, loss {total / every:.4f}, held out {unseen_loss:.4f}", flush=True)
-            rows.append(f"{step},{total / every:.6g},{unseen_loss:.6g}")
             total = 0.0
     policy.load_state_dict(average.module.state_dict())
     if config.finetune_steps and config.algo != "ppo":
         policy.denoiser.frozen.load_state_dict(policy.denoiser.denoiser.state_dict())
-    write(run / "cloning.csv", lambda file: file.write("\n".join([*rows, ""]).encode()))
 
 
 # ===== 9  Run folder ==================================================================================================
 
 COLUMNS = ("update step seconds episodes return length approx_kl last_kl clip_fraction explained_variance policy_loss "
            "value_loss entropy grad_norm sigma chain_std chain_gradient_ratio chain_clipped learning_rate "
-           "seconds_simulation seconds_policy seconds_update").split()
+           "seconds_rollout seconds_update").split()
 
 
 def new_run_folder(config: Config) -> Path:
     """runs/<env>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
     name = "__".join([re.sub("[/:]", "_", config.env), config.algo, str(config.seed)])
-    for attempt in itertools.count(1):
-        run = Path(config.runs, name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            run.mkdir(parents=True)
-            return run
-        except OSError as error:
-            if not run.exists():  # else the name is merely taken
-                raise UserError(f"cannot make {run} ({error.strerror}); choose another folder with --runs.") from None
+    paths = (Path(config.runs, f"{name}-{n}" if n > 1 else name) for n in range(1, 10**6))
+    run = next(path for path in paths if not path.exists())
+    try:
+        run.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {run} ({error.strerror}); choose another folder with --runs.") from None
+    return run
 
 
 def write(path: Path, to) -> None:
@@ -900,8 +884,6 @@ def write(path: Path, to) -> None:
     try:
         with open(temporary, "wb") as file:
             to(file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
@@ -946,54 +928,34 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **change
     "exploring" is the policy as it was trained; "mean action", the one to report, leaves out the final Gaussian (or
     takes the likeliest choice); "eta 0" leaves out all noise of the chain but x_K as well (DDIM), as policies are often
     deployed. Each environment, always Gymnasium's, plays exactly one episode, so that short ones are not
-    over-represented. `changed` are fields of Config, sampling_steps say. Returns {way: {"return", "length": arrays},
-    "ms per decision": float}.
+    over-represented. `changed` are fields of Config, say sampling_steps. Returns {way: {"return", "length": arrays}}.
     """
     with keep_random_state(device := pick_device(device)):
         config, agent, _ = load_agent(Path(run), device, **changed)
-        policy, result, seed = agent.policy, {}, 1_000_003 + config.seed  # apart from the seeds of training
-        ways = {"exploring": policy.act, "mean action": policy.act}
-        if config.algo != "ppo":  # NCDPO's chain for DPPO too, whose own steps are noisy whatever eta
-            ddim = copy.deepcopy(policy)
-            ddim.schedule = Schedule(config.denoising_steps, config.predict, 0.0, config.clip_denoised,
-                                     config.sampling_steps).to(device)
-            ways["eta 0"] = partial(NCDPO.act, ddim)
-
-        def decide(way, obs):
-            omega, noise = policy.noise(len(obs), device=device)
-            noise = noise if way == "exploring" else torch.zeros_like(noise)
-            return ways[way](agent.normalize(obs), omega, noise)[0]
-
+        policy, result, act, seed = agent.policy, {}, agent.policy.act, 1_000_003 + config.seed  # apart from training's
         env = VectorEnv(config.env, episodes, device, "sync", config.action_chunk)
-        for way in ways:
+        for way in ["exploring", "mean action"] + ["eta 0"] * (config.algo != "ppo"):
+            if way == "eta 0":  # NCDPO's chain for DPPO too, whose own steps are noisy whatever eta
+                act = partial(NCDPO.act, load_agent(Path(run), device, **{**changed, "eta": 0.0})[1].policy)
             torch.manual_seed(seed)
             obs, alive, returns, lengths = env.reset(seed), np.ones(episodes, bool), *np.zeros((2, episodes))
             while alive.any():
-                obs, reward, terminated, truncated, _ = env.step(decide(way, obs))
+                omega, noise = policy.noise(episodes, device=device)
+                noise = noise if way == "exploring" else torch.zeros_like(noise)
+                obs, reward, terminated, truncated, _ = env.step(act(agent.normalize(obs), omega, noise)[0])
                 returns += alive * reward.nansum(1).cpu().numpy()
                 lengths += alive * reward.isfinite().sum(1).cpu().numpy()
                 alive &= ~(terminated | truncated).cpu().numpy()
             result[way] = {"return": returns, "length": lengths}
         env.close()
-        one = lambda: decide("exploring", obs[:1]).cpu()
-        result["ms per decision"] = 1000 * float(np.median(timeit.repeat(one, number=1, repeat=200)))
     return result
 
 
 def describe(result: dict) -> str:
     """An evaluation as text."""
     spread = lambda x: f"{x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
-    lines = [f"{way:>13}: " + ", ".join(f"{what} {spread(x)}" for what, x in values.items())
-             for way, values in result.items() if isinstance(values, dict)]
-    return "\n".join([*lines, f" one decision: {result['ms per decision']:.2f} ms (batch 1)"])
-
-
-def open_metrics(run: Path, keep: int):
-    """metrics.csv as a file to append to; rows after update `keep`, which no checkpoint has, are dropped."""
-    path = run / "metrics.csv"
-    lines = path.read_text().splitlines()[1:keep + 1] if path.is_file() else []
-    write(path, lambda file: file.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
-    return open(path, "a", buffering=1)  # one line at a time
+    return "\n".join(f"{way:>13}: " + ", ".join(f"{what} {spread(x)}" for what, x in values.items())
+                     for way, values in result.items())
 
 
 def read_metrics(run: str | Path) -> dict[str, np.ndarray]:
@@ -1010,9 +972,8 @@ def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
     figure, there = Figure(figsize=(9, 3.2), layout="constrained"), ~np.isnan(history["return"])
     for axes, x in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds")):
         axes.plot(history[x][there], history["return"][there], "k.-" if there.sum() < 30 else "k-", linewidth=1)
-        axes.set_xlabel({"step": "environment steps", "seconds": "seconds of wall clock"}[x])
+        axes.set(xlabel={"step": "environment steps", "seconds": "seconds"}[x], ylabel="return of training episodes")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("return of training episodes")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
@@ -1031,9 +992,9 @@ class Config:
     stop_at_return: float | None = None  # stop training once the mean return is this high
     episodes: int = 10  # episodes of an evaluation
     runs: str = "runs"  # folder of the run folders
-    checkpoint_every: int = 50  # updates between two checkpoints
+    checkpoint_every: int = 10  # updates between two checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (with --no-compile)
-    vector: Literal["auto", "sync", "async"] = "auto"  # simulator: MuJoCo in batches where possible, or Gymnasium's
+    vector: Literal["auto", "warp", "sync", "async"] = "auto"  # MuJoCo in batches (on a GPU by Warp), or Gymnasium's
     compile: bool = True  # torch.compile of the loss, and on a GPU of acting
 
     # --- PPO
@@ -1064,7 +1025,6 @@ class Config:
     clip_denoised: float = 1.0  # the clean estimate is clipped to [-c, c] at each denoising step (E3)
     temperature: float = 0.1  # tau of the softmax over denoised logits (E8), for Discrete actions
     finetune_steps: int | None = None  # only the last so many denoising steps learn; a frozen copy does the others
-    checkpoint_chain: bool = False  # recompute the chain in the backward pass: less memory, slower
 
     # --- dppo alone
     min_std: float = 0.1  # floor of each scored step's standard deviation (E15)
@@ -1100,21 +1060,20 @@ class Config:
             if kind is not bool and isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
                 limits = "above 0" if low == 1e-12 else f"from {low} to {high}".replace("to inf", "on")
                 raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
-        chain = [self.scored_steps or 1, self.finetune_steps, self.sampling_steps, self.denoising_steps]
-        if (chain := [n for n in chain if n]) != sorted(chain):
-            raise UserError("no more than --denoising-steps can be --sampling-steps, no more than these --finetune-steps, "
-                            "and no more than these --scored-steps.")
+        steps = list(filter(None, (self.scored_steps, self.finetune_steps, self.sampling_steps, self.denoising_steps)))
+        if steps != sorted(steps):
+            raise UserError("--scored-steps may not exceed --finetune-steps, nor these --sampling-steps, nor these "
+                            "--denoising-steps.")
         if self.adaptive_lr and not self.target_kl or self.critic_warmup and not self.critic_learning_rate:
             raise UserError("--adaptive-lr needs --target-kl, and --critic-warmup needs --critic-learning-rate.")
         if bool(self.bc_coef) != bool(self.demos) and (self.init_from or not self.demos):
             raise UserError("--bc-coef needs --demos, and --demos beside --init-from needs --bc-coef.")
-        batch, H = self.num_envs * self.num_steps, self.action_chunk
-        rollout = f"a rollout's {batch} decisions (--num-envs {self.num_envs} x --num-steps {self.num_steps})"
+        batch, rollout = self.num_envs * self.num_steps, f"{self.num_envs} --num-envs x {self.num_steps} --num-steps"
         if self.minibatch_size > batch:
-            raise UserError(f"--minibatch-size {self.minibatch_size} exceeds {rollout}; make it at most {batch}.")
-        if self.total_timesteps < batch * H and (self.total_timesteps or not self.demos):  # 0 is cloning alone
-            raise UserError(f"--total-timesteps {self.total_timesteps} is below {rollout} of {H} steps each; make it "
-                            f"at least {batch * H}.")
+            raise UserError(f"make --minibatch-size at most {batch}, the decisions of a rollout ({rollout}).")
+        if self.total_timesteps < batch * self.action_chunk and (self.total_timesteps or not self.demos):  # 0: cloning
+            raise UserError(f"make --total-timesteps at least {batch * self.action_chunk}, a rollout ({rollout} x "
+                            f"{self.action_chunk} --action-chunk).")
 
 
 LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
@@ -1122,8 +1081,8 @@ LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at
           **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
 # What a run must share with the one that --init-from names, and with the one that --resume names
 SAME_POLICY = "env denoising_steps predict hidden activation action_chunk norm_obs".split()
-SAME_RUN = SAME_POLICY + ("algo sampling_steps eta noise_scale clip_denoised temperature min_std num_envs num_steps finetune_steps "
-                          "scored_steps critic_learning_rate").split()
+SAME_RUN = SAME_POLICY + ("algo sampling_steps eta noise_scale clip_denoised temperature min_std num_envs num_steps "
+                          "finetune_steps scored_steps critic_learning_rate").split()
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.2, gamma=0.99,
                            gae_lambda=0.95, num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4,
@@ -1151,24 +1110,19 @@ class Agent(nn.Module):
         return self.policy.act(self.normalize(obs), omega, noise)
 
 
-def make_policy(config: Config, obs_dim: int, act_dim: int, discrete: bool) -> NCDPO:
+def make_policy(c: Config, obs_dim: int, act_dim: int, discrete: bool) -> NCDPO:
     """The policy that a configuration asks for."""
-    c, given = config, dict(hidden=config.hidden, activation=config.activation)
-    if discrete:
-        given["head"] = Categorical(1.0 if c.algo == "ppo" else c.temperature)
-    elif c.algo != "dppo":
-        given["head"] = Gaussian(act_dim, c.init_std)
+    head = Categorical(1.0 if c.algo == "ppo" else c.temperature) if discrete else Gaussian(
+        act_dim, c.min_std if c.algo == "dppo" else c.init_std, fixed=c.algo == "dppo")
+    given = dict(hidden=c.hidden, activation=c.activation, head=head)
     if c.algo == "ppo":
         return MLPPolicy(obs_dim, act_dim, **given)
     given |= dict(steps=c.denoising_steps, predict=c.predict, eta=c.eta, clip=c.clip_denoised,
                   noise_scale=c.noise_scale, sampling_steps=c.sampling_steps)
-    if c.algo == "dppo":
-        given |= dict(scored_steps=c.scored_steps or c.finetune_steps, chain_gradient=c.chain_gradient,
-                      min_std=c.min_std, gamma_denoising=c.gamma_denoising,
-                      clip_rise=(c.clip_coef_first or c.clip_coef) / c.clip_coef)
-    policy = (DPPO if c.algo == "dppo" else NCDPO)(obs_dim, act_dim, **given)
-    if c.checkpoint_chain:
-        policy.mu = partial(checkpoint, policy.mu, use_reentrant=False, preserve_rng_state=False)
+    policy = NCDPO(obs_dim, act_dim, **given) if c.algo == "ncdpo" else DPPO(
+        obs_dim, act_dim, scored_steps=c.scored_steps or c.finetune_steps, chain_gradient=c.chain_gradient,
+        min_std=c.min_std, gamma_denoising=c.gamma_denoising,
+        clip_rise=(c.clip_coef_first or c.clip_coef) / c.clip_coef, **given)
     if c.finetune_steps:
         policy.denoiser = PartlyFrozen(policy.denoiser, policy.schedule.tau(c.finetune_steps))
     return policy
@@ -1231,19 +1185,18 @@ class Trainer:
         self.policy, self.critic, self.demos = self.agent.policy, self.agent.critic, None
         parts = [self.policy, self.critic] if config.critic_learning_rate else [self.agent]
         groups = [[p for p in part.parameters() if p.requires_grad] for part in parts]  # each is clipped by itself
-        self.rate = config.learning_rate  # of --adaptive-lr
         self.optimizer = torch.optim.Adam([{"params": group} for group in groups], eps=1e-5, fused=True)
         self.rollout = Rollout(config.num_steps, self.env)
         self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
         self.batch_size = config.num_envs * config.num_steps * config.action_chunk  # in environment steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
-        self.obs = self.env.reset(config.seed)
+        self.rate, self.obs = config.learning_rate, self.env.reset(config.seed)  # the rate of --adaptive-lr
 
-        objective, whole, dims = None, getattr(self.policy, "objective", clipped_objective), self.env.act_dim
+        objective, dims = getattr(self.policy, "objective", clipped_objective), self.env.act_dim
         if config.mean_log_prob and not self.env.discrete:
-            objective = lambda log_ratio, A, clip: whole(log_ratio / dims, A, clip)
-        self.loss = partial(ppo_loss, self.policy, self.critic, clip_coef=config.clip_coef,
-                            vf_coef=config.vf_coef, ent_coef=config.ent_coef, objective=objective)
+            objective = lambda log_ratio, A, clip, whole=objective: whole(log_ratio / dims, A, clip)
+        self.loss = partial(ppo_loss, self.policy, self.critic, clip_coef=config.clip_coef, vf_coef=config.vf_coef,
+                            ent_coef=config.ent_coef, objective=objective)
         self.act = self.agent.act
         # a loop over more than ten steps takes minutes to compile; DPPO's loss takes its M scored steps at once
         self.compiles = config.compile and self.policy.K - getattr(self.policy, "M", 0) <= 10
@@ -1251,33 +1204,37 @@ class Trainer:
             torch.compiler.reset()  # or the runs of one process, say a notebook's, share one small cache
             self.loss = compiled(self.loss, self.device)
             if self.device.type == "cuda" and self.policy.K <= 10:  # on a CPU that gains less than it costs
-                self.act = compiled(self.agent.act, self.device)
+                self.act = compiled(self.act, self.device)
 
     def iterate(self) -> dict:
         """One rollout and one update; returns the row of metrics.csv."""
         start, config, left = time.perf_counter(), self.config, 1 - self.done / self.updates
-        policy, *critic = self.optimizer.param_groups  # in a warm-up the policy's Adam only collects its moments
-        policy["lr"] = 0.0 if self.done < config.critic_warmup else self.rate if config.adaptive_lr else (
-            config.learning_rate * left)
+        policy, *critic = self.optimizer.param_groups
+        policy["lr"] = self.rate if config.adaptive_lr else config.learning_rate * left
+        if warm_up := self.done < config.critic_warmup:
+            policy["lr"] = 0.0  # the policy's Adam only collects its moments
         for group in critic:
             group["lr"] = config.critic_learning_rate * left
         self.obs = self.rollout.collect(self.env, self.policy, self.act, self.obs)
-        played = time.perf_counter()
         batch, explained = self.judge()
-        row = self.learn(batch)
-        if config.adaptive_lr and self.done >= config.critic_warmup:  # bounds and factor as usual in legged robots' PPO
+        judged = time.perf_counter()
+        row = self.learn(batch) | self.measure(batch)
+        reward = self.rollout.reward  # NaN has a place there only in chunks that were cut short
+        rewards = reward[..., 0].sum() + reward.sum(-1)[self.rollout.ended == 0].sum()
+        if not all(map(math.isfinite, [rewards, *row.values()])):  # a wrong observation is in the loss by now
+            raise UserError(f"a reward or the loss is not finite in update {self.done + 1} (a lower --learning-rate may "
+                            "help)")
+        if config.adaptive_lr and not warm_up:  # factor and bounds as usual for legged robots
             kl = row["last_kl"] / config.target_kl
             self.rate = min(max(self.rate * (1 / 1.5 if kl > 1 else 1.5 if kl < 0.5 else 1), 1e-5), 1e-2)
-        self.check_finite(batch, row)
-        row |= self.report(batch)
+        if len(finished := self.rollout.finished()):
+            row["return"], row["length"] = finished.mean(0).tolist()
         self.done += 1
         end = time.perf_counter()
         self.seconds += end - start
-        return row | {
-            "update": self.done, "step": self.done * self.batch_size, "seconds": self.seconds,
-            "learning_rate": self.optimizer.param_groups[0]["lr"], "explained_variance": explained,
-            "seconds_simulation": self.rollout.seconds_simulation, "seconds_update": end - played,
-            "seconds_policy": played - start - self.rollout.seconds_simulation}
+        return row | {"update": self.done, "step": self.done * self.batch_size, "seconds": self.seconds,
+                      "episodes": len(finished), "learning_rate": policy["lr"], "explained_variance": explained,
+                      "seconds_rollout": judged - start, "seconds_update": end - judged}
 
     @torch.no_grad()
     def judge(self) -> tuple[dict, float]:
@@ -1313,39 +1270,25 @@ class Trainer:
         return ppo_update(with_cloning if config.bc_coef else self.loss, batch, self.optimizer, config.update_epochs,
                           config.minibatch_size, config.max_grad_norm, config.target_kl)
 
-    def check_finite(self, batch: dict, diagnostics: dict) -> None:
-        """Raises UserError where a number of the rollout or of the update is infinite or not a number."""
-        reward, ended = self.rollout.reward, self.rollout.ended
-        whole = reward[ended == 0].sum() + reward[..., 0].sum()  # no NaN has a place in these
-        for what, numbers in {"an observation, action, reward or value": (whole, *(x.sum() for x in batch.values())),
-                              "the loss or its gradient": diagnostics.values()}.items():
-            if not all(math.isfinite(number) for number in numbers):
-                raise UserError(f"{what} became infinite or not a number in update {self.done + 1} (a lower "
-                                "--learning-rate may help)")
-
-    def report(self, batch: dict) -> dict:
-        """What only metrics.csv wants to know of an update: episodes, sigma, and the chain's noise and gradient."""
-        finished, few = self.rollout.finished(), {name: tensor[:128] for name, tensor in batch.items()}
-        row = {"episodes": len(finished)}
-        if len(finished):
-            row["return"], row["length"] = finished.mean(0).tolist()
+    def measure(self, batch: dict) -> dict:
+        """Sigma, and the chain's noise and gradient, on a part of the batch."""
+        few, row = {name: tensor[:128] for name, tensor in batch.items()}, {}
         if self.config.algo == "ncdpo":
-            norms, clipped = chain_gradient(self.policy, few["obs"], few["action"], few["latent"], few["advantage"])
-            row |= {"chain_gradient_ratio": norms[1] / max(norms[-1], 1e-30), "chain_clipped": clipped}
+            norms, row["chain_clipped"] = chain_gradient(self.policy, few["obs"], few["action"], few["latent"],
+                                                         few["advantage"])
+            row["chain_gradient_ratio"] = norms[1] / max(norms[-1], 1e-30)
         if not self.env.discrete:
             row["sigma"] = self.policy.head.log_std.exp().mean().item()
             if self.config.algo != "ppo":
                 row["chain_std"] = chain_std(self.policy, few["obs"])
         return row
 
-    def state_dict(self) -> dict:
-        """What a checkpoint holds: tensors, numbers and strings only."""
-        return {"env": self.env.env_id, "spaces": self.env.spaces, "update": self.done, "seconds": self.seconds,
-                "rate": self.rate, "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "random": torch.get_rng_state()}
-
     def save(self, run: Path) -> None:
-        write(run / "checkpoint.pt", lambda file: torch.save(self.state_dict(), file))
+        """The checkpoint: tensors, numbers and strings only."""
+        state = {"env": self.env.env_id, "spaces": self.env.spaces, "update": self.done, "seconds": self.seconds,
+                 "rate": self.rate, "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "random": torch.get_rng_state()}
+        write(run / "checkpoint.pt", partial(torch.save, state))
 
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
@@ -1353,13 +1296,13 @@ class Trainer:
         _, agent, state = load_agent(run, self.device)
         self.agent.load_state_dict(agent.state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.manual_seed(1_000 * self.config.seed + state["update"])  # an accelerator must not repeat its first noise
+        self.done, self.seconds, self.rate = (state[name] for name in ("update", "seconds", "rate"))
+        torch.manual_seed(1_000 * self.config.seed + self.done)  # an accelerator must not repeat its first noise
         torch.set_rng_state(state["random"].cpu())
-        self.done, self.seconds, self.rate = state["update"], state["seconds"], state["rate"]
+        self.obs = self.env.reset(self.config.seed, self.done)
         if self.done >= self.updates:
             raise UserError(f"{run} is finished after {self.done * self.batch_size:,} steps; raise --total-timesteps "
                             "to go on.")
-        self.obs = self.env.reset(self.config.seed, self.done)
 
     def init_from(self, run: Path) -> None:
         """Start from another run's policy, critic and normalisers; NCDPO and DPPO can start from one another's."""
@@ -1368,7 +1311,7 @@ class Trainer:
             raise UserError(f"{run} was trained by {before.algo}, whose network is not that of {config.algo}.")
         if before.finetune_steps not in (None, config.finetune_steps):
             raise UserError(f"{run} froze a part of its steps: repeat --finetune-steps {before.finetune_steps}.")
-        _, source, _ = load_agent(run, self.device)
+        source = load_agent(run, self.device)[1]
         if config.finetune_steps and not before.finetune_steps:
             source.policy.denoiser = PartlyFrozen(source.policy.denoiser, self.policy.denoiser.tuned)
         if config.algo == "dppo" or (before.algo, before.init_std) != (config.algo, config.init_std):
@@ -1391,78 +1334,58 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
 
     Writes a new run folder, or goes on in the folder `resume`, where only the episodes start anew. Raises UserError.
     """
-    trainer = Trainer(config)
+    trainer, run = Trainer(config), Path(resume or "")
     with closing(trainer.env):
         if config.demos and (config.bc_coef or not resume):
             trainer.demos = load_demos(config.demos, trainer.env)
         if resume:
-            trainer.resume(Path(resume))
-        elif config.init_from:
-            trainer.init_from(Path(config.init_from))
-        run = Path(resume) if resume else new_run_folder(config)
+            trainer.resume(run)
+        else:
+            if config.init_from:
+                trainer.init_from(Path(config.init_from))
+            run = new_run_folder(config)
         write(run / "config.json", lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=2).encode()))
         chain = f" (K = {config.denoising_steps}, predict {config.predict})" if config.algo != "ppo" else ""
-        weights = sum(p.numel() for p in trainer.agent.parameters())
-        print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {weights:,} parameters on {trainer.device}, "
-              f"{config.num_envs} environments ({trainer.env.vector}); "
-              + (f"going on after update {trainer.done} in {run}" if resume else f"writing {run}"), flush=True)
+        print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {config.num_envs} environments "
+              f"({trainer.env.vector}) on {trainer.device};",
+              f"going on after update {trainer.done} in" if resume else "writing", run, flush=True)
         if config.demos and not config.init_from and not resume:
-            clone(trainer.agent, config, trainer.demos, run)
+            clone(trainer.agent, config, trainer.demos)
             trainer.save(run)
-        stopped_by = run_updates(trainer, run)
-    history = read_metrics(run)
-    plot_curve(history, run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
-    if stopped_by:
-        print(f"stopped by {stopped_by} after update {trainer.done}; to go on: python ncdpo.py --resume {run}")
-    else:
-        print(describe(evaluate(run, config.episodes, str(trainer.device))))
-        print(f"curve: {run / 'curve.png'}", flush=True)
+        run_updates(trainer, run)
+    plot_curve(history := read_metrics(run), run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
+    print(describe(evaluate(run, config.episodes, str(trainer.device))))
+    print(f"curve: {run / 'curve.png'}", flush=True)
     return history
 
 
-def run_updates(trainer: Trainer, run: Path) -> str | None:
-    """Iterate to the end, to --stop-at-return or to a signal (its name is returned); metrics, checkpoints, progress."""
-    config, size, first, stop, recent = trainer.config, trainer.batch_size, trainer.done, [], []
-    goal, saved, started = config.stop_at_return, trainer.done, time.perf_counter()
-
-    def handle(number, frame):  # finish the update, then save; a second signal interrupts at once
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(signal.Signals(number).name)
-
-    if trainer.compiles and trainer.done < trainer.updates:
+def run_updates(trainer: Trainer, run: Path) -> None:
+    """Iterate to the end or to --stop-at-return; metrics.csv, checkpoints, progress."""
+    config, size, first, recent, started = trainer.config, trainer.batch_size, trainer.done, [], time.perf_counter()
+    saved, goal, path = first, config.stop_at_return, run / "metrics.csv"
+    rows = path.read_text().splitlines()[1:first + 1] if first else []  # those that the checkpoint has
+    write(path, lambda file: file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode()))
+    if trainer.compiles and first < trainer.updates:
         print("compiling the loss, which takes some 10 s the first time (--no-compile skips it) ...", flush=True)
-    with signals(handle, signal.SIGINT, signal.SIGTERM), open_metrics(run, first) as file:
-        try:
-            while trainer.done < trainer.updates and not stop:
-                row = trainer.iterate()
+    try:
+        while trainer.done < trainer.updates and (goal is None or not recent or np.mean(recent[-20:]) < goal):
+            row = trainer.iterate()
+            with open(path, "a") as file:
                 cells = [row.get(name, "") for name in COLUMNS]
                 file.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in cells) + "\n")
-                recent += [row["return"]] * row["episodes"] if row["episodes"] else []
-                mean = np.mean(recent[-20:]) if recent else math.nan
-                if 20 * trainer.done // trainer.updates > 20 * (trainer.done - 1) // trainer.updates:  # each twentieth
-                    pace = (time.perf_counter() - started) / (trainer.done - first)  # seconds an update
-                    shown = f"return {mean:.1f}, {len(recent)} episodes" if recent else "no episode has ended"
-                    left = pace * (trainer.updates - trainer.done)
-                    print(f"{row['step']:>13,} steps ({trainer.done / trainer.updates:.0%}), {shown}, "
-                          f"{size / pace:,.0f} steps/s, {left:.0f} s left", flush=True)
-                if trainer.done % config.checkpoint_every == 0:
-                    trainer.save(run)
-                    saved = trainer.done
-                if goal is not None and mean >= goal:
-                    print(f"reached the mean return of --stop-at-return {goal:g}", flush=True)
-                    break
-            trainer.save(run)
-        except (UserError, OSError) as error:
-            kept = (f"the checkpoint of update {saved} is kept: python ncdpo.py --resume {run}"
-                    if (run / "checkpoint.pt").is_file() else "there is no checkpoint")
-            raise UserError(f"{error}; {kept}.") from error
-    elapsed, steps, history = time.perf_counter() - started, (trainer.done - first) * size, read_metrics(run)
-    shares = (f"{part} {history['seconds_' + part][first:].sum() / elapsed:.0%}"
-              for part in ("simulation", "policy", "update"))
-    if steps:
-        print(f"{steps:,} steps in {elapsed:.1f} s, {steps / elapsed:,.0f} steps/s ({', '.join(shares)})", flush=True)
-    return stop[0] if stop else None
+            recent += [row["return"]] * row["episodes"] if row["episodes"] else []
+            if 20 * trainer.done // trainer.updates > 20 * (trainer.done - 1) // trainer.updates:  # each twentieth
+                pace = (time.perf_counter() - started) / (trainer.done - first)  # seconds an update
+                print(f"{row['step']:>13,} steps ({trainer.done / trainer.updates:.0%}),",
+                      f"return {np.mean(recent[-20:]):.1f}, {len(recent)} episodes," if recent else "no episode yet,",
+                      f"{size / pace:,.0f} steps/s, {pace * (trainer.updates - trainer.done):.0f} s left", flush=True)
+            if trainer.done % config.checkpoint_every == 0:
+                trainer.save(run)
+                saved = trainer.done
+        trainer.save(run)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        kept = f"go on from its update {saved}: python ncdpo.py --resume {run}" if saved else "it had no checkpoint yet"
+        raise UserError(f"{first_line(error)}; {kept}") from error
 
 
 # ===== 11  Command line ===============================================================================================

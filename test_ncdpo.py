@@ -1,6 +1,6 @@
 """Facts about ncdpo.py, one a test: python -m pytest -q test_ncdpo.py -m "not notebooks" (two minutes).
 
-What is compared with is a closed form or another computation, never a recorded output. (E1) ... (E17) are the labels of
+What is compared with is a closed form or another computation, never a recorded output. (E1) ... (E18) are the labels of
 README.md's equations. torch.compile is off but in test_compiled_loss_and_gradients_equal_the_plain_ones.
 """
 
@@ -28,6 +28,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ncdpo
 from ncdpo import UserError, VectorEnv, main, make_env
@@ -277,7 +279,8 @@ def test_ncdpo_mean_is_the_sampler_run_on_given_noise(float64, predict, eta, K):
     ("sample", 1.0, False, 5), ("epsilon", 0.6, True, 5), ("v", 0.6, False, 12)])
 def test_dppo_draws_and_scores_its_steps_as_a_plain_loop_does(float64, M, predict, noise_scale, discrete, K):
     """E15, E16: five steps, of K; the last M are scored, those before follow E5 on the noise that is kept."""
-    given = dict(denoising_steps=K, sampling_steps=5, predict=predict, eta=0.7, min_std=0.3, temperature=0.5, clip_denoised=0.8)
+    given = dict(denoising_steps=K, sampling_steps=5, predict=predict, eta=0.7, min_std=0.3, temperature=0.5,
+                 clip_denoised=0.8)
     policy = make_policy("dppo", discrete=discrete, scored_steps=M, noise_scale=noise_scale, **given)
     obs, (omega, noise) = torch.randn(11, 3), policy.noise(11)
     action, kept = policy.act(obs, omega, noise)
@@ -488,22 +491,6 @@ def test_kl_given_the_noise_bounds_the_kl_of_the_actions(float64):  # E14
     assert 1e-4 < marginal < conditional
 
 
-@pytest.mark.parametrize("discrete", [False, True])
-def test_checkpoint_chain_runs_each_step_again_and_gives_the_same_gradient(discrete):
-    obs, omega = torch.randn(16, 3), torch.randn(16, 5, 2)
-    gradients = []
-    for switch, calls in ((False, 5), (True, 10)):
-        torch.manual_seed(0)
-        policy, ks = make_policy(denoising_steps=5, discrete=discrete, checkpoint_chain=switch), []
-        policy.denoiser.register_forward_hook(lambda _, given, __: ks.append(given[1]))
-        loss = policy.mean(obs, omega).square().sum()
-        gradients.append(torch.autograd.grad(loss, list(policy.denoiser.parameters())))
-        assert len(ks) == calls
-    assert all(torch.equal(one, other) for one, other in zip(*gradients))
-
-
-# --- 4  PPO ----------------------------------------------------------------------------------------------------------
-
 def test_the_core_runs_when_it_is_pasted_elsewhere():
     """Sections 1 to 4 alone learn a bandit whose best action is a function of the observation."""
     source = (HERE / "ncdpo.py").read_text()
@@ -637,8 +624,7 @@ def play(env_id, vector, seed=3, num_envs=3, steps=210, chunk=1):
 
 @pytest.mark.parametrize("env_id, vector, chunk", [
     ("CartPole-v1", "auto", 1), ("Pendulum-v1", "auto", 1), ("Tiny-v0", "sync", 1), ("TinyBox-v0", "sync", 1),
-    ("TinyBox-v0", "sync", 3), ("TinyBox-v0", "async", 3), ("TinyEnds-v0", "sync", 3), ("Hopper-v4", "sync", 3),
-    ("Hopper-v4", "auto", 3), ("InvertedPendulum-v5", "auto", 4)])
+    ("TinyBox-v0", "sync", 3), ("TinyBox-v0", "async", 3), ("TinyEnds-v0", "sync", 3), ("Hopper-v4", "sync", 3)])
 def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
     """Also where the actions of a chunk are played one after another, until its episode ends."""
     rows, seeds = play(env_id, vector, chunk=chunk, steps=210 if chunk == 1 else 80)
@@ -670,8 +656,7 @@ def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
 
 
 @pytest.mark.parametrize("env_id, one, other, chunk", [
-    ("CartPole-v1", "sync", "async", 1), ("TinyBox-v0", "sync", "async", 1),
-    ("Hopper-v4", "sync", "auto", 1), ("Hopper-v4", "sync", "auto", 3)])
+    ("CartPole-v1", "sync", "async", 1), ("TinyBox-v0", "sync", "async", 1), ("Hopper-v4", "sync", "async", 3)])
 def test_all_simulators_give_the_same_trajectories(env_id, one, other, chunk):
     ended = 0
     for one, other in zip(*(play(env_id, vector, steps=60, chunk=chunk)[0] for vector in (one, other)), strict=True):
@@ -690,7 +675,7 @@ def test_seed_decides_where_episodes_start(env_id):
 # --- 6  MuJoCo in batches, against Gymnasium --------------------------------------------------------------------------
 
 batched = pytest.mark.skipif(not importlib.util.find_spec("mujoco.batch"), reason="a MuJoCo before 4 has no batches")
-FAMILIES = ["HalfCheetah", "Hopper", "Walker2d", "Swimmer", "InvertedPendulum", "InvertedDoublePendulum"]
+FAMILIES = ["HalfCheetah", "Hopper", "Walker2d", "Swimmer"]
 MUJOCO = [f"{family}-{version}" for family in FAMILIES for version in ("v4", "v5")] + ["Ant-v4"]
 SHOWN = dict(exclude_current_positions_from_observation=False)
 CHANGED = [
@@ -702,20 +687,39 @@ CHANGED = [
     ("Walker2d-v5", dict(healthy_z_range=(1.1, 1.3), healthy_angle_range=(-9, 9), xml_file="walker2d.xml")),
     ("Walker2d-v4", dict(healthy_angle_range=(-0.1, 0.1), healthy_z_range=(-9, 9))),
     ("Ant-v4", dict(healthy_z_range=(0.5, 0.8), healthy_reward=0.3, **SHOWN)),
-    ("InvertedPendulum-v5", dict(reset_noise_scale=0.1, frame_skip=1)),
-    ("InvertedDoublePendulum-v5", dict(healthy_reward=0.3, reset_noise_scale=0.2)),
 ]
 
 
+def follow(env, batch, i):
+    """Put a single environment at its start into the state of the batch's i-th; returns its observation."""
+    env.reset()
+    env.unwrapped.set_state(batch.pool.qpos[i].numpy(), batch.pool.qvel[i].numpy())
+    return env.unwrapped._get_obs()
+
+
 def both(env_id, num_envs=3, chunk=1, **changed):
-    """The batch and as many single environments, after the same seeds' resets; and a source of actions."""
-    batch = ncdpo.MujocoEnvs(ncdpo.batched_task(make_env(env_id, **changed)), num_envs, chunk)
-    singles, seeds = [make_env(env_id, **changed) for _ in range(num_envs)], list(range(num_envs))
-    batch.reset(seeds)
-    for env, seed in zip(singles, seeds):
-        env.reset(seed=seed)
+    """The batch and as many single environments, in the same start states; and a source of actions."""
+    task = ncdpo.batched_task(make_env(env_id, **changed))
+    batch = ncdpo.MujocoEnvs(task, ncdpo.MujocoPool, num_envs, chunk, CPU)
+    singles = [make_env(env_id, **changed) for _ in range(num_envs)]
+    batch.reset([1])
+    for i, env in enumerate(singles):
+        follow(env, batch, i)
     space, rng = singles[0].action_space, np.random.default_rng(1)
     return batch, singles, lambda: rng.uniform(space.low, space.high, (num_envs, chunk, len(space.low)))
+
+
+@batched
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Hopper-v5", "Swimmer-v4", "Ant-v4"])
+def test_batched_episodes_start_as_gymnasiums_do(env_id):
+    env, batch = make_env(env_id), VectorEnv(env_id, 2000, CPU).reset(1).double().numpy()
+    single = np.array([env.reset(seed=seed)[0] for seed in range(2000)])
+    spread = single.std(0)
+    assert np.abs(batch.mean(0) - single.mean(0)).max() < 5 * (2 / 2000) ** 0.5 * spread.max()
+    assert np.abs(batch.std(0) - spread).max() < 5 * (2 / 2000) ** 0.5 * spread.max()
+    assert len(np.unique(batch[:, 0])) > 1900
+    uniform = (single.max(0) - single.min(0)) < 4 * spread  # its range is 3.5 deviations; a normal one's is about 7
+    assert np.abs(batch.max(0) - single.max(0))[uniform].max() < 0.05 * spread.max()
 
 
 @batched
@@ -737,8 +741,8 @@ def test_every_batched_step_is_the_one_of_gymnasium(env_id, changed):
             assert float(reward[i, 0]) == pytest.approx(r, rel=1e-6, abs=1e-6)
             assert np.allclose(final_obs[i], now, rtol=1e-6, atol=1e-6)
             ended |= any(ends)
-            now = env.reset()[0] if any(ends) else now
-            assert np.abs(obs[i].numpy() - now).max() <= (1e-15 if "Double" in env_id else 0)  # torch's sin and cos
+            now = follow(env, batch, i) if any(ends) else now
+            assert np.array_equal(obs[i], now.astype(np.float32))
     assert ended  # the comparison has gone through restarts
 
 
@@ -757,48 +761,27 @@ def test_time_limit_and_fall_in_one_step_set_both_flags():
 
 
 @batched
-@pytest.mark.parametrize("version", ["v4", "v5"])
-def test_double_pendulum_feels_the_end_of_its_rail_and_shows_no_velocity_above_ten(version):
-    import mujoco
-    batch, singles, draw = both(f"InvertedDoublePendulum-{version}")
-    qpos, qvel = np.array([[0.99, 0, 0], [-0.99, 0, 0], [-0.9, 0, 0]]), np.zeros((3, 3))
-    qvel[2, 0], touched = 12, 0
-    batch.pool.restart(np.arange(3), torch.from_numpy(qpos), torch.from_numpy(qvel))
-    for env, *state in zip(singles, qpos, qvel):
-        mujoco.mj_resetData(env.unwrapped.model, env.unwrapped.data)
-        env.unwrapped.set_state(*state)
-    for action in ([1], [-0.5], [0.2]):
-        batch.step(torch.tensor([action, [-a for a in action], action], dtype=torch.float64))
-        now = [env.step(np.array(action) * sign)[0] for env, sign in zip(singles, (1, -1, 1))]
-        assert np.abs(batch.task.obs(batch.pool).numpy() - now).max() < 1e-15
-        touched += (np.abs(np.array(now)[:, 8]) > 0.1).sum()
-    assert touched >= 2
-
-
-@batched
-@pytest.mark.parametrize("what", ["qpos", "qvel"])
-def test_a_diverged_environment_terminates_and_does_not_poison_the_others(what):
+def test_a_state_that_mujoco_itself_resets_goes_on_as_in_gymnasium_and_does_not_poison_the_others():
     batch, singles, draw = both("HalfCheetah-v5", chunk=2)
-    getattr(batch.pool, what)[1] = torch.nan
-    for step in range(3):
+    batch.pool.qvel[1] = singles[1].unwrapped.data.qvel[:] = 1e11
+    for _ in range(3):
         action = draw()
-        obs, reward, terminated, truncated, final_obs = batch.step(torch.from_numpy(action.reshape(3, -1)))
-        assert terminated.tolist() == [False, step == 0, False] and not truncated.any()
-        assert obs.isfinite().all() and final_obs.isfinite().all() and final_obs[1].any() == (step > 0)
-        assert reward[[0, 2]].isfinite().all() and (step > 0 or (reward[1, 0] == 0 and reward[1, 1].isnan()))
+        obs, reward, terminated, truncated, _ = batch.step(torch.from_numpy(action.reshape(3, -1)))
+        assert not (terminated | truncated).any() and reward.isfinite().all()
         for i, env in enumerate(singles):
-            now = env.reset()[0] if i == 1 and step == 0 else [env.step(a)[0] for a in action[i]][-1]
-            assert np.array_equal(obs[i], now.astype(np.float32))
+            assert np.array_equal(obs[i], [env.step(a)[0] for a in action[i]][-1].astype(np.float32))
 
 
 @batched
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 2e10])
-def test_a_bad_state_counts_as_diverged_even_before_mujoco_has_seen_it(value):
-    batch, _, _ = both("Swimmer-v5")
-    batch.pool.qvel[1, 0] = value
-    assert batch.pool.diverged().tolist() == [False, True, False]
-    batch._start(np.array([1]))
-    assert not batch.pool.diverged().any()
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 2e10])
+@pytest.mark.parametrize("what", ["qpos", "qvel"])
+def test_a_bad_state_at_the_end_of_a_step_terminates_the_episode(monkeypatch, what, value):
+    batch, _, draw = both("Hopper-v5")
+    step = batch.pool.step
+    batch.pool.step = lambda ctrl: (step(ctrl), getattr(batch.pool, what)[1].fill_(value))
+    obs, reward, terminated, _, final_obs = batch.step(torch.from_numpy(draw()[:, 0]))
+    assert terminated.tolist() == [False, True, False] and reward[1] == 0 and not final_obs[1].any()
+    assert obs.abs().max() < 10 and reward.isfinite().all()
 
 
 @batched
@@ -819,6 +802,157 @@ def test_only_tasks_whose_formulas_are_known_are_batched(monkeypatch):
         assert VectorEnv(env_id, 1, CPU, vector).vector == served
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # a MuJoCo before 4
     assert ncdpo.batched_task(HopperEnv()) is None
+
+
+# --- 6  MuJoCo Warp, against MuJoCo ------------------------------------------------------------------------------------
+
+warp = pytest.mark.skipif(not importlib.util.find_spec("mujoco_warp"), reason="mujoco-warp is not installed")
+
+
+def pools(env_id, num_envs=16, lift=0.0):
+    """The formulas, both simulators in the same states near a start (lifted), and a source of actions."""
+    task = ncdpo.batched_task(make_env(env_id))
+    given = task.env.model, num_envs, task.env.frame_skip, task.fields, CPU
+    slow, fast, rng = ncdpo.MujocoPool(*given), ncdpo.WarpPool(*given), np.random.default_rng(3)
+    qpos = torch.from_numpy(task.env.init_qpos + rng.uniform(-0.1, 0.1, slow.qpos.shape)).float()
+    qvel = torch.from_numpy(rng.uniform(-0.5, 0.5, slow.qvel.shape)).float()
+    if lift:
+        qpos[:, 2] += lift
+    everywhere = torch.ones(num_envs, dtype=torch.bool)
+    slow.restart(everywhere, qpos.double(), qvel.double())
+    fast.restart(everywhere, qpos, qvel)
+    space = task.env.action_space
+    return task, slow, fast, lambda: torch.from_numpy(rng.uniform(space.low, space.high, slow.ctrl.shape)).float()
+
+
+def distance(slow, fast, *names):
+    """Largest difference in each environment."""
+    difference = [(getattr(slow, name) - getattr(fast, name)).abs().flatten(1).amax(1) for name in names]
+    return torch.stack(difference).amax(0)
+
+
+@warp
+@pytest.mark.parametrize("env_id", MUJOCO)
+def test_warp_moves_as_mujoco_does(env_id):
+    """But where a leg steeper than 60 degrees meets the floor: Warp turns its friction pyramid, so Ant falls freely."""
+    task, slow, fast, draw = pools(env_id, lift=30.0 if "Ant" in env_id else 0.0)
+    scale = 10 if "Ant" in env_id else 1  # float32 at a height of 30
+    assert distance(slow, fast, *task.fields).max() < 1e-6 * scale if task.fields else True  # those of the start
+    for step in range(100):
+        action = draw()
+        slow.step(action.double())
+        fast.step(action)
+        qpos, rest = (distance(slow, fast, *names) for names in (["qpos"], ["qvel", *task.fields]))
+        if step == 0:
+            assert qpos.max() < 1e-6 * scale and rest.max() < 1e-4
+        if step == 19:
+            assert qpos.median() < 1e-4 and rest.median() < 2e-3
+    if env_id.split("-")[0] not in ("HalfCheetah", "Ant"):  # chaotic, or it has landed
+        assert qpos.median() < 3e-4 and rest.median() < 3e-3
+    assert not fast.arrays[1].overflow.numpy().any() and slow.qvel.abs().max() > 0.1
+
+
+@warp
+@pytest.mark.parametrize("env_id", MUJOCO)
+def test_rewards_and_ends_on_warps_states_are_those_of_the_formulas(env_id):
+    task = ncdpo.batched_task(make_env(env_id))
+    envs, fields = ncdpo.MujocoEnvs(task, ncdpo.WarpPool, 64, 1, CPU), ("qpos", "qvel", *task.fields)
+    envs.reset([5])
+    there = type("States", (), {})  # a pool that knows nothing of Warp
+    note = lambda: [setattr(there, name, getattr(envs.pool, name).double().clone()) for name in fields]
+    outcome, seen, ends = task.outcome, [], 0
+
+    def noted(pool, x_before, action):
+        note()
+        seen.append((task.healthy(there), outcome(there, x_before.double(), action.double()), task.obs(there)))
+        return outcome(pool, x_before, action)
+
+    task.outcome = noted
+    for step in range(120):
+        action = torch.from_numpy(task.env.action_space.high * np.random.default_rng(step).uniform(-1, 1, (64, 1)))
+        age = envs.age.clone()
+        obs, reward, terminated, truncated, final_obs = envs.step(action.float().expand_as(envs.pool.ctrl))
+        _, (expected, fell), expected_obs = seen[-1]
+        assert torch.equal(terminated, fell) and not truncated.any()
+        scale = max(1, task.x(there).abs().max().item() / 1e-2)  # float32 positions, divided by dt
+        torch.testing.assert_close(reward[:, 0].double(), expected.double(), rtol=1e-5, atol=3e-6 * scale)
+        torch.testing.assert_close(final_obs, expected_obs.float(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(envs.age, torch.where(terminated, 0, age + 1))
+        assert torch.equal((obs != final_obs).any(1), terminated)
+        ends += terminated.sum()
+    assert ends or env_id.startswith(("HalfCheetah", "Swimmer", "Ant"))
+
+
+@warp
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Ant-v4"])
+def test_a_masked_restart_leaves_the_other_environments_alone(env_id):
+    task, slow, fast, draw = pools(env_id, 6)
+    names = ["qpos", "qvel", "qacc_warmstart", *task.fields]
+    for _ in range(8):  # into contact
+        fast.step(action := draw())
+    ended = torch.tensor([True, False, False, True, False, True])
+    before = [getattr(fast, name).clone() for name in names]
+    qpos, qvel = 0.01 + fast.qpos.new_tensor(task.env.init_qpos).expand(6, -1), torch.zeros(6, fast.qvel.shape[1])
+    fast.restart(ended, qpos, qvel)
+    assert torch.equal(fast.qpos[ended], qpos[ended]) and torch.equal(fast.qvel[ended], qvel[ended])
+    for name, old in zip(names, before):
+        assert torch.equal(getattr(fast, name)[~ended], old[~ended])
+    slow.restart(torch.ones(6, dtype=torch.bool), qpos.double(), qvel.double())
+    if task.fields:
+        assert distance(slow, fast, *task.fields)[ended].max() < 1e-6
+    slow.step(action.double())
+    fast.step(action)
+    assert distance(slow, fast, "qpos", "qvel", *task.fields)[ended].max() < 1e-4
+
+
+@warp
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_warps_environments_end_and_begin_again(chunk):
+    env = VectorEnv("Hopper-v4", 8, CPU, "warp", chunk)
+    env.envs.task.limit = 12
+    obs, ends = env.reset(1), torch.zeros(2)
+    for step in range(40):
+        age = env.envs.age.clone()
+        obs, reward, terminated, truncated, final_obs = env.step(1.5 * torch.randn(8, 3 * chunk))
+        played = reward.isfinite().sum(1)
+        assert torch.equal(truncated, age + played == 12) and (played[~(terminated | truncated)] == chunk).all()
+        fresh = terminated | truncated
+        assert (env.envs.age[fresh] == 0).all() and (obs[fresh, 0] - 1.25).abs().max() <= 0.005 if fresh.any() else True
+        assert torch.equal(obs[~fresh], final_obs[~fresh])
+        ends += torch.tensor([terminated.sum(), truncated.sum()])
+    assert ends.min() > 0
+
+
+@warp
+def test_a_diverged_world_terminates_and_does_not_poison_the_others():
+    env = VectorEnv("HalfCheetah-v5", 3, CPU, "warp")
+    env.reset(1)
+    env.envs.pool.qpos[1] = torch.nan
+    obs, reward, terminated, _, final_obs = env.step(torch.zeros(3, 6))
+    assert terminated.tolist() == [False, True, False] and reward[1] == 0 and not final_obs[1].any()
+    for _ in range(3):
+        assert obs.isfinite().all() and reward.isfinite().all()
+        obs, reward, terminated, *_ = env.step(torch.zeros(3, 6))
+        assert not terminated.any()
+
+
+@warp
+def test_no_pose_has_more_contacts_than_warp_has_room_for():
+    for env_id in ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4"):
+        task, _, fast, _ = pools(env_id, 256)
+        fast.qpos.uniform_(-1.5, 1.5)  # limbs anywhere, most of them deep in the floor
+        fast._forward()
+        assert fast.arrays[1].nefc.numpy().max() > 30
+        fast.step(torch.zeros_like(fast.ctrl))
+        assert not (fast.arrays[1].overflow.numpy() & 31).any()  # the bits above are of solvers
+
+
+@pytest.mark.parametrize("env_id, hide, words", [
+    ("Hopper-v4", True, "mujoco-warp"), ("CartPole-v1", False, "formulas"), ("Humanoid-v5", False, "formulas")])
+def test_what_warp_cannot_do_is_told_in_one_line(capsys, monkeypatch, tmp_path, env_id, hide, words):
+    if hide:
+        monkeypatch.setitem(sys.modules, "mujoco_warp", None)
+    assert words in complaint(capsys, *arguments(env_id, tmp_path, "--vector", "warp"))
 
 
 # --- 7 and 10  rollout and update ------------------------------------------------------------------------------------
@@ -941,7 +1075,8 @@ def test_adaptive_rate_holds_the_kl_of_the_last_epoch_between_its_target_and_hal
         trainer.iterate()
         taken.append([group["lr"] for group in trainer.optimizer.param_groups] + [trainer.rate])
     np.testing.assert_allclose(taken, [[0, 1e-3, 3e-4], [3e-4, 7.5e-4, 2e-4], [2e-4, 5e-4, 2e-4], [2e-4, 2.5e-4, 3e-4]])
-    assert trainer.state_dict()["rate"] == trainer.rate
+    trainer.save(tmp_path)
+    assert checkpoint_of(tmp_path)["rate"] == trainer.rate
     for start, bound in ((1e-5, 1e-5), (9e-3, 1e-2)):
         kls, trainer.rate = iter([9.0 if start < 1e-3 else 0.0]), start
         trainer.iterate()
@@ -1032,6 +1167,113 @@ def test_training_goes_on_with_one_warning_where_torch_compile_fails(monkeypatch
     assert len(caught) == 1
 
 
+# --- 7  nobody waits for the device ----------------------------------------------------------------------------------
+
+class NoCopies(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU; counts the operations that launch a kernel."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "is_nonzero", "equal.default")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = str(function).removeprefix("aten."), kwargs or {}
+        assert not name.startswith(self.REFUSED), f"{name} waits for the device"
+        assert not name.startswith("index") or not any(
+            x is not None and x.dtype == torch.bool for x in args[1]), f"{name} by a mask waits for the device"
+        self.count += not function.is_view and not name.startswith("empty")
+        return function(*args, **kwargs)
+
+
+class NoReads(TorchFunctionMode):
+    """Refuses the methods that read a tensor on the host: on a CPU they never reach the dispatcher."""
+
+    REFUSED = {getattr(torch.Tensor, name) for name in
+               "cpu numpy item tolist nonzero __bool__ __float__ __int__ __index__ __array__".split()}
+
+    def __init__(self, but=()):
+        super().__init__()
+        self.but, self.allowed = {getattr(torch.Tensor, name) for name in but}, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.allowed += function in self.but
+        assert function not in self.REFUSED - self.but, f"{function.__name__} reads a tensor"
+        return function(*args, **(kwargs or {}))
+
+
+def resident(env="Hopper-v4", **given):
+    """A trainer whose simulator lives where its tensors do, after its first update."""
+    trainer = ncdpo.Trainer(config(**{**dict(env=env, vector="warp", num_envs=8, num_steps=16, total_timesteps=1280),
+                                      **given}))
+    trainer.iterate()
+    return trainer
+
+
+def rollout_and_update(trainer):
+    """A rollout; then one update, its batch made outside of what is looked at."""
+    trainer.obs = trainer.rollout.collect(trainer.env, trainer.policy, trainer.act, trainer.obs)
+    yield
+    batch, _ = trainer.judge()
+    yield
+    trainer.learn(batch)
+    yield
+
+
+def test_the_modes_refuse_what_they_should():
+    x, mask = torch.arange(3.0), torch.tensor([True, False, True])
+    for wrong in (lambda: x[mask], lambda: x.cpu(), lambda: x.sum().item(), lambda: mask.nonzero(), lambda: x.tolist(),
+                  lambda: x.new_tensor([1.0]), lambda: float(x[0]), lambda: x.__setitem__(mask, torch.ones(2)),
+                  lambda: not mask.all()):
+        with pytest.raises(AssertionError, match="waits|reads"), NoCopies(), NoReads():
+            wrong()
+
+
+@warp
+@pytest.mark.parametrize("algo", ["ncdpo", "ppo", "dppo"])
+@pytest.mark.parametrize("env, chunk", [("Hopper-v4", 1), ("Hopper-v4", 3), ("Ant-v4", 1)])
+def test_a_rollout_and_the_epochs_of_an_update_never_read_the_device(algo, env, chunk):
+    trainer = resident(env, algo=algo, action_chunk=chunk)
+    trainer.env.envs.task.limit = 10
+    moves = rollout_and_update(trainer)
+    with NoCopies() as rollout, NoReads():
+        next(moves)
+    assert trainer.rollout.ended.any()  # also where episodes end
+    next(moves)
+    with NoCopies(), NoReads(but=["tolist"]) as reads:
+        next(moves)
+    assert reads.allowed == 1  # of all the diagnostics, once, when the update is over
+    print(f"{algo}, {env}, chunks of {chunk}: {rollout.count / trainer.config.num_steps:.0f} torch kernels a decision")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("algo, compile", [("ncdpo", False), ("ncdpo", True), ("ppo", False), ("dppo", False)])
+def test_nothing_waits_for_the_gpu_in_a_rollout_and_the_epochs_of_an_update(algo, compile):
+    trainer = resident(algo=algo, compile=compile, device="cuda", num_envs=64, minibatch_size=256)
+    assert trainer.env.vector == "warp" and trainer.env.home.type == "cuda"
+    moves = rollout_and_update(trainer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(moves)
+        torch.cuda.set_sync_debug_mode("default")
+        next(moves)
+        torch.cuda.set_sync_debug_mode("warn")  # one wait, of the diagnostics when the update is over
+        with pytest.warns(UserWarning, match="synchroniz") as waits:
+            next(moves)
+        assert len(waits) == 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@warp
+def test_training_with_warp_learns_and_writes_what_any_run_does(tmp_path):
+    history = ncdpo.train(config(env="Hopper-v4", vector="warp", num_envs=8, num_steps=16, runs=str(tmp_path),
+                                 total_timesteps=8 * 16 * 30, learning_rate=3e-3, update_epochs=6))
+    assert np.nanmean(history["return"][-5:]) > 1.5 * np.nanmean(history["return"][:5])
+    assert (history["seconds_rollout"] > 0).all()
+
+
 # --- 8  demonstrations -----------------------------------------------------------------------------------------------
 
 def tiny_demos(lengths=(9, 2, 12, 7), seed=0):
@@ -1080,7 +1322,7 @@ DAMAGES = [
     (dict(truncations=np.ones(30)), "--action-chunk 2"),
     ({key: np.zeros(0) for key in ncdpo.DEMO_KEYS}, "need"),
     (dict(rewards=np.zeros(30, object)), "cannot read"),  # a pickle, which may run anything
-    (dict(rewards=np.full(30, "one")), "cannot read"), (dict(rewards=np.float64(1)), "cannot read"),
+    (dict(rewards=np.full(30, "one")), "cannot read"), (dict(rewards=np.float64(1)), "need"),
 ]
 
 
@@ -1100,34 +1342,34 @@ def test_damaged_demonstrations_are_told_in_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("algo, predict", [("ppo", "sample"), *(("ncdpo", predict) for predict in PREDICT)])
-def test_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean(tmp_path, algo, predict):
+def test_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean(capsys, algo, predict):
     """Demonstrated: -0.6 or 0.6 with equal probability, whatever the state."""
     action = torch.where(torch.rand(4000, 1) < 0.5, 0.6, -0.6) + 0.02 * torch.randn(4000, 1)
     c = config(algo=algo, predict=predict, bc_steps=2000, bc_learning_rate=3e-3, hidden=64, denoising_steps=20)
     agent = ncdpo.Agent(c, 2, 1, False)
-    ncdpo.clone(agent, c, (torch.randn(4000, 2), action, np.arange(4000) // 10), tmp_path)
+    ncdpo.clone(agent, c, (torch.randn(4000, 2), action, np.arange(4000) // 10))
     drawn = agent.policy.sample(torch.randn(1000, 2), deterministic=True)[0]
     if algo == "ppo":
         assert drawn.abs().mean() < 0.15
     else:
         assert ((drawn.abs() - 0.6).abs() < 0.15).float().mean() > 0.75 and 0.4 < (drawn > 0).float().mean() < 0.6
-        rows = rows_of(tmp_path, "cloning.csv")
-        assert len(rows) == 20 and float(rows[-1]["held_out_loss"]) < float(rows[0]["held_out_loss"])
+        losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+        assert len(losses) == 20 and losses[-1] < losses[0]
 
 
-def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_same_noise(tmp_path):
+def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_same_noise(capsys):
     """A twentieth of them, rounded up; each observation is the number of its episode."""
     c = config(norm_obs=False, bc_steps=40, bc_learning_rate=1e-12)  # without learning, nothing else moves their loss
     agent, trained, held_out = ncdpo.Agent(c, 1, 1, False), set(), set()
     bc_loss, episode = agent.policy.bc_loss, np.arange(30).repeat(7)
     agent.policy.bc_loss = lambda obs, action: (
         (trained if torch.is_grad_enabled() else held_out).update(obs[:, 0].tolist()) or bc_loss(obs, action))
-    ncdpo.clone(agent, c, (torch.tensor(episode)[:, None].float(), torch.zeros(210, 1), episode), tmp_path)
+    ncdpo.clone(agent, c, (torch.tensor(episode)[:, None].float(), torch.zeros(210, 1), episode))
     assert len(held_out) == 2 and trained == set(range(30)) - held_out
-    assert len({row["held_out_loss"] for row in rows_of(tmp_path, "cloning.csv")}) == 1
+    assert len({line.split()[-1] for line in capsys.readouterr().out.splitlines()}) == 1
 
 
-def test_cloning_keeps_the_moving_average_of_its_weights(tmp_path):
+def test_cloning_keeps_the_moving_average_of_its_weights():
     """Adam's weights w_1 ... w_n, averaged as m_1 = w_1, m_i = d m_(i-1) + (1 - d) w_i with d = 1 - 10 / n."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
     n, weights, rates = 40, [], []
@@ -1135,7 +1377,7 @@ def test_cloning_keeps_the_moving_average_of_its_weights(tmp_path):
         weights.append([p.clone() for p in adam.param_groups[0]["params"]]), rates.append(adam.param_groups[0]["lr"])))
     c = config(bc_steps=n, bc_learning_rate=1e-2)
     agent = ncdpo.Agent(c, 2, 1, False)
-    ncdpo.clone(agent, c, (torch.randn(100, 2), torch.randn(100, 1), np.arange(100) // 5), tmp_path)
+    ncdpo.clone(agent, c, (torch.randn(100, 2), torch.randn(100, 1), np.arange(100) // 5))
     hook.remove()
     shares = [(0.25 if i else 1) * 0.75 ** (n - 1 - i) for i in range(n)]
     assert sum(shares) == pytest.approx(1)
@@ -1212,13 +1454,13 @@ def test_cloning_regulariser_is_added_with_its_weight(batches, norm_obs):
     torch.testing.assert_close(loss_function(**batch)[0], trainer.loss(**batch)[0] + pull)
 
 
-def test_cloning_regulariser_pulls_the_policy_towards_the_demonstrations(clone, tmp_path):
+def test_cloning_regulariser_pulls_the_policy_towards_the_demonstrations(clone, tmp_path, capsys):
     run, path, given = clone
     losses, demos = [], ncdpo.load_demos(path, VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
     for more in (dict(), dict(demos=path, bc_coef=100.0)):
         ncdpo.train(config(init_from=str(run), learning_rate=1e-2, runs=str(tmp_path), **given, **more))
         new = sorted(tmp_path.iterdir())[-1]
-        assert not (new / "cloning.csv").exists()  # the clone is improved, and not cloned again
+        assert "cloning steps" not in capsys.readouterr().out  # the clone is improved, and not cloned again
         agent = ncdpo.load_agent(new, CPU)[1]
         ncdpo.train(dataclasses.replace(ncdpo.load_config(new), total_timesteps=384), resume=new)  # it needs them again
         torch.manual_seed(1)
@@ -1245,12 +1487,17 @@ def test_cloned_steps_that_will_be_frozen_are_cloned_too(clone, tmp_path, capsys
     assert "--finetune-steps 2" in complaint(capsys, *flags, "1")  # its second network would be used for other steps
 
 
-def test_training_stops_once_twenty_episodes_have_the_mean_return_asked_for(tmp_path, monkeypatch, capsys):
+def test_training_stops_once_twenty_episodes_have_the_mean_return_asked_for(tmp_path, monkeypatch):
     # episodes and their mean return in each update; (19 * 9.9 + 12) / 20 is the first mean above 10
-    reports = iter([(30, 0.0), (1, 100.0), (0,), (5, 15.0), (20, 9.9), (1, 12.0)])
-    monkeypatch.setattr(ncdpo.Trainer, "report", lambda *_: dict(zip(("episodes", "return"), next(reports))))
-    history = ncdpo.train(config(stop_at_return=10.0, total_timesteps=2560, runs=str(tmp_path)))
-    assert len(history["update"]) == 6 and "--stop-at-return 10" in capsys.readouterr().out
+    reports = iter([(30, 0.0), (1, 100.0), (0, math.nan), (5, 15.0), (20, 9.9), (1, 12.0)])
+
+    def iterate(trainer):
+        trainer.done += 1
+        return dict(zip(("episodes", "return"), next(reports)), update=trainer.done, step=64 * trainer.done)
+
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", iterate)
+    history = ncdpo.train(config(stop_at_return=10.0, total_timesteps=4096, runs=str(tmp_path)))
+    assert history["update"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
 # --- 9 - 11  runs ----------------------------------------------------------------------------------------------------
@@ -1323,12 +1570,14 @@ def test_a_run_is_never_overwritten(tmp_path, run):
     assert all((tmp_path / name / "mine").read_text() == name for name in names) and contents(run) == before
 
 
-def test_checkpoint_restores_everything(run):
+def test_checkpoint_restores_everything(run, tmp_path):
     trainer, saved = ncdpo.Trainer(config(total_timesteps=512)), checkpoint_of(run)
-    fresh = trainer.state_dict()
+    trainer.save(tmp_path)
+    fresh = checkpoint_of(tmp_path)
     assert not any(same(fresh[name], saved[name]) for name in ("agent", "optimizer", "random", "update"))
     trainer.resume(run)
-    assert same(trainer.state_dict(), saved) and torch.equal(torch.get_rng_state(), saved["random"])
+    trainer.save(tmp_path)
+    assert same(checkpoint_of(tmp_path), saved) and torch.equal(torch.get_rng_state(), saved["random"])
     assert trainer.seconds == saved["seconds"] > 0
     assert saved["agent"]["obs_norm.count"] == saved["agent"]["reward_norm.count"] == 256
     row = trainer.iterate()
@@ -1371,7 +1620,7 @@ def test_resumed_run_plays_new_episodes(run):
 
 def test_printed_evaluation_is_that_of_a_later_one(finished):
     run, printed = finished
-    *later, _ = ncdpo.describe(ncdpo.evaluate(run, 2, "cpu")).splitlines()
+    later = ncdpo.describe(ncdpo.evaluate(run, 2, "cpu")).splitlines()
     assert [line.split(":")[0].strip() for line in later] == ["exploring", "mean action", "eta 0"]
     assert all("return" in line and line in printed.splitlines() for line in later)
 
@@ -1382,7 +1631,7 @@ def test_evaluation_leaves_random_state_and_run_alone(run):
     numbers = np.random.get_state()[1].copy()
     one, two = ncdpo.evaluate(run, 3, "cpu"), ncdpo.evaluate(run, 3, "cpu")
     assert all(np.array_equal(one[way]["return"], two[way]["return"]) for way in ("exploring", "mean action", "eta 0"))
-    assert contents(run) == files and one["ms per decision"] > 0
+    assert contents(run) == files
     assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numbers)
 
 
@@ -1436,48 +1685,27 @@ def test_evaluation_at_eta_0_is_that_of_the_mean_action_of_a_chain_without_noise
     assert not np.isin(returns, result["mean action"]["return"]).any()
 
 
-def test_a_signal_stops_training_after_a_checkpoint_and_resume_finishes(tmp_path):
+def test_ctrl_c_tells_how_to_go_on_and_loses_only_the_updates_since_the_checkpoint(tmp_path, capsys):
     command = [sys.executable, str(HERE / "ncdpo.py"), "--env", "CartPole-v1", "--no-compile", "--device", "cpu",
                "--num-envs", "16", "--num-steps", "16", "--minibatch-size", "256", "--episodes", "1",
-               "--runs", str(tmp_path)]
+               "--runs", str(tmp_path), "--checkpoint-every", "3"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run, patience = tmp_path / "CartPole-v1__ncdpo__1", time.monotonic() + 120
-    while not ((run / "metrics.csv").is_file() and len(rows_of(run)) >= 2) and time.monotonic() < patience:
+    while not ((run / "metrics.csv").is_file() and len(rows_of(run)) >= 4) and time.monotonic() < patience:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0 and error == ""
-    assert f"--resume {run}" in out and "SIGTERM" in out
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
     done = checkpoint_of(run)["update"]
-    assert done == len(rows_of(run)) >= 2
+    assert process.returncode == 2 and error == (
+        f"ncdpo: KeyboardInterrupt; go on from its update {done}: python ncdpo.py --resume {run}\n")
+    assert done % 3 == 0 and 0 < done <= len(rows_of(run)) < done + 3
     assert main(["--resume", str(run), "--total-timesteps", str(256 * (done + 1))]) == 0
     assert [int(row["update"]) for row in rows_of(run)] == list(range(1, done + 2))
 
 
-@pytest.mark.parametrize("moment, done", [("open_metrics", 0), ("print", 1)])
-def test_a_signal_between_updates_loses_none(tmp_path, monkeypatch, capsys, moment, done):
-    """Not while an update runs, but while the file is opened or a line printed: nothing may be lost then either."""
-    kills, before, handler = [], getattr(ncdpo, moment, print), signal.getsignal(signal.SIGINT)
-
-    def interrupt(*words, **more):
-        if not kills and (moment != "print" or "s left" in words[0]):
-            kills.append(os.kill(os.getpid(), signal.SIGINT))
-        return before(*words, **more)
-
-    monkeypatch.setattr(ncdpo, moment, interrupt, raising=False)
-    assert main(arguments("CartPole-v1", tmp_path, "--checkpoint-every", "3")) == 0 and kills
-    told, run = capsys.readouterr(), tmp_path / "CartPole-v1__ncdpo__1"
-    assert "stopped by SIGINT" in told.out and told.err == "" and signal.getsignal(signal.SIGINT) is handler
-    assert checkpoint_of(run)["update"] == len(rows_of(run)) == done
-    monkeypatch.undo()
-    assert main(["--resume", str(run)]) == 0 and len(rows_of(run)) == 4
-
-
-def test_a_second_signal_interrupts_at_once(tmp_path, monkeypatch, capsys):
-    twice = lambda self: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and pytest.fail("went on")
-    monkeypatch.setattr(ncdpo.Trainer, "iterate", twice)
-    assert main(arguments("CartPole-v1", tmp_path)) == 130
-    assert capsys.readouterr().err == "ncdpo: interrupted.\n" and rows_of(tmp_path / "CartPole-v1__ncdpo__1") == []
+def test_ctrl_c_before_a_checkpoint_says_that_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    assert "no checkpoint" in complaint(capsys, *arguments("CartPole-v1", tmp_path))
 
 
 def test_metrics_have_a_column_for_each_thing_measured_and_an_empty_cell_is_not_a_number(run, tmp_path):
@@ -1486,7 +1714,7 @@ def test_metrics_have_a_column_for_each_thing_measured_and_an_empty_cell_is_not_
     unknown = [name for name, column in history.items() if np.isnan(column).all()]
     assert unknown == ["sigma", "chain_std"]  # a softmax has none
     assert history["step"].tolist() == [64, 128, 192, 256]
-    parts = sum(history["seconds_" + part] for part in ("simulation", "policy", "update"))
+    parts = history["seconds_rollout"] + history["seconds_update"]
     np.testing.assert_allclose(parts, np.diff(history["seconds"], prepend=0), rtol=1e-3)
     (tmp_path / "metrics.csv").write_text(",".join(ncdpo.COLUMNS) + "\n1,64" + "," * (len(ncdpo.COLUMNS) - 2) + "\n")
     history = ncdpo.read_metrics(tmp_path)
@@ -1529,8 +1757,8 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--env", "HalfCheeta-v4"], "did you mean HalfCheetah-v"),
-    (["--env", "Nothing-like-it"], "unknown environment"),
+    (["--env", "HalfCheeta-v4"], "Did you mean: `HalfCheetah`?"),
+    (["--env", "Nothing-like-it"], "cannot make Nothing-like-it"),
     (["--env", "nowhere:Thing-v0"], "nowhere"),
     (["--env", "Hopper-v3"], "Hopper-v3"),  # its simulator is gone
     (["--env", "TinyDict-v0"], "only Box"),
@@ -1565,11 +1793,6 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capsy
         flags = ["--env", "CartPole-v1", *flags]
     assert words in complaint(capsys, "--runs", tmp_path / "runs", "--no-compile", *flags)
     assert not list(tmp_path.iterdir())
-
-
-def test_only_environments_that_can_be_made_are_suggested(capsys):
-    assert re.search(r"did you mean (Hopper-v[45]( or )?){2}", error := complaint(capsys, "--env", "Hopper-v6")), error
-    assert not re.search("-v[23]", error)
 
 
 def test_runs_that_cannot_be_a_folder_is_a_mistake(tmp_path, capsys):
@@ -2102,6 +2325,7 @@ def test_dependencies_of_the_script_are_declared_in_both_places():
     imported = {name.split(".")[0] for node in ast.walk(ast.parse(source)) for name in
                 ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
                  [node.module] if isinstance(node, ast.ImportFrom) else [])} - set(sys.stdlib_module_names)
-    assert imported <= declared and "requires-python" in meta
+    optional = {"mujoco_warp", "warp"}  # named by the sentence that misses them
+    assert imported - optional <= declared and "requires-python" in meta
     lines = (HERE / "requirements.txt").read_text().splitlines()
     assert declared <= {name_of(line) for line in lines if re.match(r"\w", line)}
