@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -2170,9 +2171,18 @@ def test_film_of_a_real_task(film, tmp_path, capsys, env):
     assert frames[0].dtype == np.uint8 and frames[0].ndim == 3 and (frames[0] != frames[-1]).any()
 
 
+def test_strip_shows_evenly_spaced_moments_and_is_white_where_an_episode_has_ended(film):
+    shade = lambda value: np.full((20, 30, 3), value, np.uint8)
+    picture = np.asarray(film.strip([[shade(10 * i) for i in range(15)], [shade(200)] * 5], frames=8, size=4))
+    assert picture.shape == (8, 32, 3)
+    assert picture[2, 1::4, 0].tolist() == list(range(0, 160, 20)) and (picture[4:, :12] == 200).all()
+    assert (picture[4:, 12:] == 255).all()
+
+
 def test_film_refuses_what_it_cannot_do(film, clone, tmp_path, capsys, monkeypatch):
     assert "folder" in scripts_complaint(capsys, film, clone[0], tmp_path / "none" / "film.gif")
-    assert ".gif or .mp4" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.avi")
+    assert ".gif, .mp4 or .png" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.avi")
+    assert "one run" in scripts_complaint(capsys, film, clone[0], clone[0], tmp_path / "film.gif")
     assert "no run folder" in scripts_complaint(capsys, film, tmp_path, tmp_path / "film.gif")
     monkeypatch.setattr(film.importlib.util, "find_spec", lambda name: None)
     assert "pip install imageio-ffmpeg" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.mp4")
@@ -2277,12 +2287,35 @@ def test_notebook_runs_and_shows_what_it_showed_when_it_was_committed(path):
         assert shown(was) == shown(now), was.source
 
 
-def test_every_equation_of_the_readme_is_in_a_notebook():
-    labels = set(re.findall(r"^\| (E\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE))
-    texts = [cell["source"] for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"]
-             if cell["cell_type"] == "markdown"]
-    assert len(labels) >= 15 and len(NOTEBOOKS) >= 4
-    assert labels <= set(re.findall(r"\bE\d+\b", "".join("".join(text) for text in texts)))
+README, RESULTS = HERE / "README.md", HERE / "notebooks" / "RESULTS.md"
+
+
+def test_every_equation_of_the_readme_is_in_its_notebook_and_in_the_file():
+    rows = re.findall(r"^\| (E\d+) \|.*\| ([^|]*) \| (\d) \|$", README.read_text(), re.MULTILINE)
+    assert [label for label, _, _ in rows] == [f"E{i}" for i in range(1, 19)]
+    for label, code, number in rows:
+        cells = json.loads(NOTEBOOKS[int(number) - 1].read_text())["cells"]
+        assert re.search(rf"\b{label}\b", "".join(line for cell in cells for line in cell["source"])), (label, number)
+        for name in re.findall(r"`([\w.]+)`", code):
+            operator.attrgetter(name)(ncdpo)
+
+
+def test_readme_is_short_and_names_only_flags_files_and_functions_that_exist():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 170 and max(map(len, lines)) <= 120
+    sources = [path.read_text() for path in (HERE / "ncdpo.py", *sorted((HERE / "notebooks").glob("*.py")))]
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ncdpo.Config)} | {"--help"}
+    flags |= {"--no-" + flag[2:] for flag in flags} | set(re.findall(r'add_argument\("(--[\w-]+)"', "".join(sources)))
+    for path in (README, RESULTS):
+        text = path.read_text()
+        wrong = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - flags - {"--checkpoint-chain"}  # gone, and said so
+        assert not wrong, (path.name, wrong)
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (path.parent / link).exists(), (path.name, link)
+    named = re.findall(r"ncdpo\.([\w.]+)\(", README.read_text()) + re.findall(r"`(Trainer\.\w+)`", README.read_text())
+    for name in named:
+        operator.attrgetter(name)(ncdpo)
+    assert len(named) >= 3
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

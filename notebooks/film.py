@@ -1,6 +1,7 @@
-"""A film of a saved run: one episode, played by the policy's mean action.
+"""A film of a saved run: one episode, played by the policy's mean action. Or a strip of frames, a row for each run.
 
     python notebooks/film.py runs/Hopper-v4__ncdpo__1 hopper.gif     # .gif needs nothing more, .mp4 imageio-ffmpeg
+    python notebooks/film.py CLONE RUN strip.png                     # white where an episode has ended
     MUJOCO_GL=egl python notebooks/film.py ...                       # without a screen (or osmesa)
 """
 
@@ -12,6 +13,7 @@ import math
 import sys
 import warnings
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -84,23 +86,41 @@ def save(frames: list[np.ndarray], fps: float, out: Path) -> None:
                                              duration=[10 * int(t) for t in np.diff(times)]))
 
 
+def strip(films: list[list[np.ndarray]], frames: int = 8, size: int = 150) -> Image.Image:
+    """One row for each film: `frames` moments, evenly spaced over the longest one."""
+    picture = Image.new("RGB", (frames * size, len(films) * size), "white")
+    for y, film in enumerate(films):
+        for x, moment in enumerate(np.linspace(0, max(map(len, films)) - 1, frames).round().astype(int)):
+            if moment < len(film):
+                picture.paste(Image.fromarray(film[moment]).resize((size, size)), (x * size, y * size))
+    return picture
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("out", type=Path, help="the .gif or .mp4 to write")
+    parser.add_argument("run", type=Path, nargs="+", help="run folder; several for a strip")
+    parser.add_argument("out", type=Path, help="the .gif, .mp4 or (a strip) .png to write")
     parser.add_argument("--device", default="auto")
     line = parser.parse_args(arguments)
     try:
-        if line.out.suffix not in (".gif", ".mp4") or not line.out.parent.is_dir():
-            raise UserError(f"{line.out} does not end in .gif or .mp4, or its folder does not exist.")
+        if line.out.suffix not in (".gif", ".mp4", ".png") or not line.out.parent.is_dir():
+            raise UserError(f"{line.out} does not end in .gif, .mp4 or .png, or its folder does not exist.")
+        if len(line.run) > 1 and line.out.suffix != ".png":
+            raise UserError("a film shows one run; several make a strip, a .png.")
         if line.out.suffix == ".mp4" and not importlib.util.find_spec("imageio_ffmpeg"):
             raise UserError("an .mp4 needs the package imageio-ffmpeg: pip install imageio-ffmpeg; a .gif needs none.")
-        frames, fps, rewards = play(line.run, line.device)
-        save(frames, fps, line.out)
+        films = []
+        for run in line.run:
+            frames, fps, rewards = play(run, line.device)
+            films.append(frames)
+            print(f"{run}: an episode of {len(rewards)} steps with the return {sum(rewards):.1f}, {len(frames)} frames")
+        if line.out.suffix == ".png":
+            ncdpo.write(line.out, partial(strip(films).save, format="PNG"))
+        else:
+            save(frames, fps, line.out)
     except UserError as error:
         print(f"film: {error}", file=sys.stderr)
         return 2
-    print(f"{line.out}: an episode of {len(rewards)} steps with the return {sum(rewards):.1f}, {len(frames)} frames")
     return 0
 
 
