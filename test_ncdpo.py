@@ -2191,6 +2191,15 @@ def test_film_refuses_what_it_cannot_do(film, clone, tmp_path, capsys, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_speed_prints_a_row_for_each_number_of_environments_and_policy(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(HERE / "notebooks"))
+    monkeypatch.setattr(ncdpo.torch, "compile", lambda function, **_: function)
+    importlib.import_module("speed").main("--env CartPole-v1 --device cpu --num-envs 4 8 --num-steps 8".split())
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["4", "4", "8", "8"]
+    assert all(float(row[i].replace(",", "")) > 0 for row in rows for i in (2, 3))
+
+
 # --- notebooks/curves.py ---------------------------------------------------------------------------------------------
 
 @pytest.fixture
