@@ -1384,7 +1384,8 @@ def run_updates(trainer: Trainer, run: Path) -> None:
                 saved = trainer.done
         trainer.save(run)
     except (UserError, OSError, KeyboardInterrupt) as error:
-        kept = f"go on from its update {saved}: python ncdpo.py --resume {run}" if saved else "it had no checkpoint yet"
+        kept = f"update {saved} is saved: python ncdpo.py --resume {run}"
+        kept = kept if (run / "checkpoint.pt").is_file() else "there is no checkpoint yet."
         raise UserError(f"{first_line(error)}; {kept}") from error
 
 

@@ -1698,7 +1698,7 @@ def test_ctrl_c_tells_how_to_go_on_and_loses_only_the_updates_since_the_checkpoi
     _, error = process.communicate(timeout=120)
     done = checkpoint_of(run)["update"]
     assert process.returncode == 2 and error == (
-        f"ncdpo: KeyboardInterrupt; go on from its update {done}: python ncdpo.py --resume {run}\n")
+        f"ncdpo: KeyboardInterrupt; update {done} is saved: python ncdpo.py --resume {run}\n")
     assert done % 3 == 0 and 0 < done <= len(rows_of(run)) < done + 3
     assert main(["--resume", str(run), "--total-timesteps", str(256 * (done + 1))]) == 0
     assert [int(row["update"]) for row in rows_of(run)] == list(range(1, done + 2))
