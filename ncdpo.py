@@ -16,7 +16,7 @@ its end makes the likelihood exact; and plain PPO then sends its gradient back t
         A = generalised advantages under the critic V(s)             # judge
         for each minibatch of (s, omega, action, A), a few epochs:   # learn
             r = pi(action | s, omega) / pi_old(action | s, omega)    # one ratio a decision (E11)
-            ascend min(r A, clip(r, 1 - c, 1 + c) A), and fit V      # the gradient passes all K steps (E12, E13)
+            ascend min(r A, clip(r, 1 - e, 1 + e) A), and fit V      # the gradient passes all K steps (E12, E13)
 
     python ncdpo.py --env HalfCheetah-v4                  # train; the run is a folder, runs/HalfCheetah-v4__ncdpo__1
     python ncdpo.py --env HalfCheetah-v4 --algo ppo       # the same lines with an MLP policy (or --algo dppo)
@@ -66,9 +66,9 @@ class Schedule(nn.Module):
     """Tables of the cosine schedule (Nichol and Dhariwal, 2021) and the steps that use them (E1, E3, E4, E18).
 
     A chain that was cloned with `steps` may be run on fewer, evenly spaced `sampling_steps`: its k-th step is then step
-    tau[k] of the K, and below E1 every k counts the steps that are run (E18). Each table has shape (K + 1, 1) and is
-    indexed by k, an int or a LongTensor (k = 0 stands for clean data), so that `table[k]` broadcasts against (..., A).
-    Float64 inside, stored in torch's default dtype.
+    tau(k) of the K, and below E1 every k counts the steps that are run (E18). `abar` has K + 1 rows, the other tables
+    one for each step that is run, and one for k = 0, clean data. All have one column and are indexed by k, an int or a
+    LongTensor, so that `table[k]` broadcasts against (..., A). Float64 inside, stored in torch's default dtype.
     """
 
     def __init__(self, steps: int, predict: str = "sample", eta: float = 1.0, clip: float = 1.0,
@@ -81,7 +81,7 @@ class Schedule(nn.Module):
         abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
         tau = torch.linspace(0, steps, (sampling_steps or steps) + 1).round().long()
         now, before = abar[tau[1:]], abar[tau[:-1]]
-        sigma = eta * torch.sqrt((1 - before) / (1 - now) * (1 - now / before))  # the last factor is beta_k if S = K
+        sigma = eta * torch.sqrt((1 - before) / (1 - now) * (1 - now / before))  # the last is beta_k if all K are run
         # E4 is linear in (x0hat, x_k): write eps_tilde out once and for all
         on_eps = torch.sqrt((1 - before - sigma**2).clamp(min=0)) / torch.sqrt(1 - now)
         # E3 is linear in (network output, x_k), whatever the network predicts
@@ -195,7 +195,7 @@ class Gaussian(nn.Module):
 
 
 class Categorical(nn.Module):
-    """Final softmax(logits / tau) for Discrete actions (E8)."""
+    """Final softmax(logits / temperature) for Discrete actions (E8)."""
 
     def __init__(self, temperature: float):
         super().__init__()
@@ -226,7 +226,8 @@ class NCDPO(nn.Module):
                  predict: str = "sample", eta: float = 1.0, clip: float = 1.0, noise_scale: float = 1.0,
                  sampling_steps: int | None = None, head: nn.Module | None = None):
         super().__init__()
-        self.act_dim, self.K, self.predict, self.noise_scale = act_dim, sampling_steps or steps, predict, noise_scale
+        self.act_dim, self.predict, self.noise_scale = act_dim, predict, noise_scale
+        self.K = sampling_steps or steps  # that are run
         self.head = head or Gaussian(act_dim, std=0.22)
         self.schedule = Schedule(steps, predict, eta, clip, sampling_steps)
         self.denoiser = Denoiser(obs_dim, act_dim, steps, hidden, activation)
@@ -271,6 +272,7 @@ class NCDPO(nn.Module):
         """log pi(action | s, omega) (E7, E8), (B,)."""
         return self.evaluate(obs, action, omega)[0]
 
+    @torch.no_grad()
     def sample(self, obs, deterministic: bool = False):
         """Draw actions: action, log-likelihood, omega. `deterministic` leaves out the head's noise, not the chain's."""
         omega, noise = self.noise(len(obs), device=obs.device)
@@ -315,16 +317,16 @@ def clipped_objective(log_ratio, A, clip):
 
 
 def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, clip_coef: float = 0.2,
-             vf_coef: float = 0.5, ent_coef: float = 0.0, objective=None):
+             vf_coef: float = 0.5, ent_coef: float = 0.0, coordinates: int = 1):
     """PPO's loss on a minibatch and a dictionary of diagnostics.
 
     obs (B, S) normalised; action and latent (NCDPO's omega) as policy.act gave them, log_prob their log-likelihood
-    then; advantage, and target for the critic, (B,). `objective` is the policy's own if it has one, else E12.
+    then; advantage, and target for the critic, (B,). The log ratio may be averaged over an action's `coordinates`.
     """
     new_log_prob, entropy = policy.evaluate(obs, action, latent)
-    log_ratio = new_log_prob - log_prob  # one for each decision (E11)
+    log_ratio = (new_log_prob - log_prob) / coordinates  # one for each decision (E11)
     A = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    gain, kl, clipped = (objective or getattr(policy, "objective", clipped_objective))(log_ratio, A, clip_coef)
+    gain, kl, clipped = getattr(policy, "objective", clipped_objective)(log_ratio, A, clip_coef)
     value_loss, entropy = 0.5 * (critic(obs).squeeze(-1) - target).square().mean(), entropy.mean()
     loss = -gain + vf_coef * value_loss - ent_coef * entropy
     return loss, {"policy_loss": -gain.detach(), "value_loss": value_loss.detach(), "entropy": entropy.detach(),
@@ -452,7 +454,7 @@ class VectorEnv:
     after an episode's end. Box actions live in [-1, 1] here and are clipped and rescaled; final_obs (N, S) is where a
     step really led: it differs from obs (where the next step starts) in those environments that ended and were reset in
     the same step. `vector` is auto (MuJoCo in batches where the task allows it, on a GPU by Warp, else sync), warp,
-    sync or async.
+    or sync.
     """
 
     def __init__(self, env_id: str, num_envs: int, device: torch.device, vector: str = "auto", chunk: int = 1):
@@ -465,24 +467,22 @@ class VectorEnv:
             raise UserError(f"{env_id} has observations {obs_space} and actions {act_space}; only Box observations and "
                             "only Discrete (in no chunk) and bounded one-dimensional Box actions are supported: "
                             "wrap the environment (gymnasium.wrappers.FlattenObservation, TransformAction).")
-        if self.discrete:
-            self.act_dim, self.start = int(act_space.n), int(act_space.start)
-        else:
-            low, high = (torch.as_tensor(bound).repeat(chunk) for bound in (act_space.low, act_space.high))
-            self.act_dim, self.center, self.scale = len(low), (high + low) / 2, (high - low) / 2
-        self.obs_dim = math.prod(obs_space.shape)
-        self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
         task = batched_task(one) if vector in ("auto", "warp") else None
         if vector == "warp" and not task:
             raise UserError(f"--vector warp has no formulas of {env_id}: leave it out.")
         warp = vector == "warp" or task and device.type == "cuda" and importlib.util.find_spec("mujoco_warp")
-        self.vector = "warp" if warp else "batched" if task else vector.replace("auto", "sync")
+        self.vector = "warp" if warp else "batched" if task else "sync"
         self.home = device if warp else torch.device("cpu")  # of the simulator; with Warp nothing waits for the other
-        if not self.discrete:
-            self.center, self.scale = self.center.to(self.home), self.scale.to(self.home)
+        if self.discrete:
+            self.act_dim, self.offset = int(act_space.n), int(act_space.start)
+        else:
+            low, high = (torch.as_tensor(b, device=self.home).repeat(chunk) for b in (act_space.low, act_space.high))
+            self.act_dim, self.center, self.scale = len(low), (high + low) / 2, (high - low) / 2
+        self.obs_dim = math.prod(obs_space.shape)
+        self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
         try:
             self.envs = MujocoEnvs(task, WarpPool if warp else MujocoPool, num_envs, chunk, self.home) if task else (
-                GymnasiumEnvs(env_id, num_envs, self.vector, chunk))
+                GymnasiumEnvs(env_id, num_envs, chunk))
         except Exception as error:  # no mujoco-warp, a model that it cannot simulate, too little memory
             raise UserError(f"cannot make {num_envs} x {env_id} ({self.vector}): {first_line(error)}; pip install "
                             "mujoco-warp, fewer --num-envs or --vector sync may help.") from error
@@ -491,14 +491,14 @@ class VectorEnv:
             one.close()
 
     def reset(self, *seed: int):
-        """First observations (N, S) of new episodes; every environment gets its own seed, derived from `seed`."""
+        """First observations (N, S) of new episodes, all of whose randomness comes from `seed`."""
         seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(self.num_envs) // 2]
         return self.envs.reset(seeds).to(self.device)
 
     def step(self, action):
         """Action (N, H * A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N, H), two bools (N,)."""
         action = action.to(self.home)
-        action = action + self.start if self.discrete else self.center + self.scale * action.clamp(-1, 1)
+        action = action + self.offset if self.discrete else self.center + self.scale * action.clamp(-1, 1)
         try:
             return [x.to(self.device) for x in self.envs.step(action)]
         except Exception as error:
@@ -542,10 +542,9 @@ class ActionChunk(gym.Wrapper):
 class GymnasiumEnvs:
     """Gymnasium's vector environments, a Python object for each copy, as VectorEnv wants them."""
 
-    def __init__(self, env_id: str, num_envs: int, vector: str, chunk: int):
+    def __init__(self, env_id: str, num_envs: int, chunk: int):
         make = lambda: ActionChunk(make_env(env_id), chunk) if chunk > 1 else make_env(env_id)
-        kind = gym.vector.SyncVectorEnv if vector == "sync" else gym.vector.AsyncVectorEnv
-        self.envs = kind([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        self.envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         self.envs._rewards = np.zeros((num_envs, chunk))  # sync's buffer, with room for every step of a chunk
         self.dtype, self.shape, self.close = self.envs.single_action_space.dtype, (num_envs, -1), self.envs.close
 
@@ -900,15 +899,18 @@ def load_config(run: Path) -> Config:
 
 def load_agent(run: Path, device: torch.device, **changed) -> tuple[Config, Agent, dict]:
     """Configuration (but for what is `changed`), agent and whole checkpoint of a run folder; raises UserError."""
-    config, path = dataclasses.replace(load_config(run), **changed), run / "checkpoint.pt"
+    config, path = dataclasses.replace(before := load_config(run), **changed), run / "checkpoint.pt"
     config.check()
+    if config.finetune_steps and config.sampling_steps != before.sampling_steps:
+        raise UserError(f"{run} froze steps of a chain of its own: leave out --sampling-steps.")
     if not path.is_file():
         raise UserError(f"{run} has no checkpoint.pt: give a run folder whose training came to its first checkpoint.")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        if state["env"] != config.env:
-            raise ValueError(f"it is of {state['env']}")
-        agent = Agent(config, *state["spaces"]).to(device)
+        env, spaces, _ = (state[name] for name in ("env", "spaces", "rate"))
+        if env != config.env:
+            raise ValueError(f"it is of {env}")
+        agent = Agent(config, *spaces).to(device)
         agent.load_state_dict(state["agent"])
     except Exception as error:  # a damaged or foreign file can raise nearly anything
         raise UserError(f"{path} is damaged, or of another program, task or architecture than config.json beside it "
@@ -994,14 +996,14 @@ class Config:
     runs: str = "runs"  # folder of the run folders
     checkpoint_every: int = 10  # updates between two checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (with --no-compile)
-    vector: Literal["auto", "warp", "sync", "async"] = "auto"  # MuJoCo in batches (on a GPU by Warp), or Gymnasium's
+    vector: Literal["auto", "warp", "sync"] = "auto"  # MuJoCo in batches (on a GPU by Warp), or Gymnasium's
     compile: bool = True  # torch.compile of the loss, and on a GPU of acting
 
     # --- PPO
     num_envs: int = 32  # parallel environments N
     num_steps: int = 64  # steps T of each environment in a rollout; N * T transitions make an update
     learning_rate: float = 5e-4  # of Adam, falling linearly to zero
-    adaptive_lr: bool = False  # instead, it holds the KL of an update's last epoch between half of --target-kl and that
+    adaptive_lr: bool = False  # move the rate so that the last epoch's KL stays between half of --target-kl and that
     gamma: float = 0.98  # discount of rewards
     gae_lambda: float = 0.92  # lambda of generalised advantage estimation
     minibatch_size: int = 512  # transitions in a minibatch; a remainder smaller than that is left out of the epoch
@@ -1010,7 +1012,7 @@ class Config:
     ent_coef: float = 0.0  # weight of the entropy bonus (no effect on DPPO's Box actions, whose sigma is fixed)
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
-    target_kl: float | None = None  # stop the epochs of an update once the approximate KL exceeds this
+    target_kl: float | None = None  # stop an update's epochs above this KL (with --mean-log-prob: of the means)
     norm_obs: bool = True  # normalise observations by running statistics
     hidden: int = 128  # width of the two hidden layers of actor and critic
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
@@ -1022,8 +1024,8 @@ class Config:
     predict: Literal["sample", "epsilon", "v"] = "sample"  # what the network predicts (E2, E3)
     eta: float = 1.0  # noise of the reverse chain (E4): 1 is DDPM, 0 is DDIM
     noise_scale: float = 1.0  # factor of all the chain's noise, x_K and sigma_k: below 1 actions are less diverse
-    clip_denoised: float = 1.0  # the clean estimate is clipped to [-c, c] at each denoising step (E3)
-    temperature: float = 0.1  # tau of the softmax over denoised logits (E8), for Discrete actions
+    clip_denoised: float = 1.0  # x_max: the clean estimate is clipped to [-x_max, x_max] at each step (E3)
+    temperature: float = 0.1  # of the softmax over denoised logits (E8), for Discrete actions
     finetune_steps: int | None = None  # only the last so many denoising steps learn; a frozen copy does the others
 
     # --- dppo alone
@@ -1106,7 +1108,7 @@ class Agent(nn.Module):
         return self.obs_norm(obs) if self.norm_obs else obs
 
     def act(self, obs, omega, noise):
-        """NCDPO.act on raw observations."""
+        """The policy's `act` on raw observations."""
         return self.policy.act(self.normalize(obs), omega, noise)
 
 
@@ -1167,7 +1169,7 @@ def chain_gradient(policy: NCDPO, obs, action, omega, advantage) -> tuple[np.nda
 
 @torch.no_grad()
 def chain_std(policy: NCDPO, obs) -> float:
-    """Standard deviation of the action over the chain's noise (NCDPO's c of E17), from two draws at each obs (B, S)."""
+    """Standard deviation of the action over the chain's noise (std_chain of E17), from two draws at each obs (B, S)."""
     with keep_random_state(obs.device):  # to measure must not change the run
         one, other = (policy.sample(obs, deterministic=True)[0] for _ in range(2))
     return ((one - other).square().mean() / 2).sqrt().item()
@@ -1192,11 +1194,9 @@ class Trainer:
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         self.rate, self.obs = config.learning_rate, self.env.reset(config.seed)  # the rate of --adaptive-lr
 
-        objective, dims = getattr(self.policy, "objective", clipped_objective), self.env.act_dim
-        if config.mean_log_prob and not self.env.discrete:
-            objective = lambda log_ratio, A, clip, whole=objective: whole(log_ratio / dims, A, clip)
+        coordinates = self.env.act_dim if config.mean_log_prob and not self.env.discrete else 1
         self.loss = partial(ppo_loss, self.policy, self.critic, clip_coef=config.clip_coef, vf_coef=config.vf_coef,
-                            ent_coef=config.ent_coef, objective=objective)
+                            ent_coef=config.ent_coef, coordinates=coordinates)
         self.act = self.agent.act
         # a loop over more than ten steps takes minutes to compile; DPPO's loss takes its M scored steps at once
         self.compiles = config.compile and self.policy.K - getattr(self.policy, "M", 0) <= 10
@@ -1209,10 +1209,10 @@ class Trainer:
     def iterate(self) -> dict:
         """One rollout and one update; returns the row of metrics.csv."""
         start, config, left = time.perf_counter(), self.config, 1 - self.done / self.updates
-        policy, *critic = self.optimizer.param_groups
-        policy["lr"] = self.rate if config.adaptive_lr else config.learning_rate * left
+        actor, *critic = self.optimizer.param_groups
+        actor["lr"] = self.rate if config.adaptive_lr else config.learning_rate * left
         if warm_up := self.done < config.critic_warmup:
-            policy["lr"] = 0.0  # the policy's Adam only collects its moments
+            actor["lr"] = 0.0  # the policy's Adam only collects its moments
         for group in critic:
             group["lr"] = config.critic_learning_rate * left
         self.obs = self.rollout.collect(self.env, self.policy, self.act, self.obs)
@@ -1222,8 +1222,8 @@ class Trainer:
         reward = self.rollout.reward  # NaN has a place there only in chunks that were cut short
         rewards = reward[..., 0].sum() + reward.sum(-1)[self.rollout.ended == 0].sum()
         if not all(map(math.isfinite, [rewards, *row.values()])):  # a wrong observation is in the loss by now
-            raise UserError(f"a reward or the loss is not finite in update {self.done + 1} (a lower --learning-rate may "
-                            "help)")
+            raise UserError(f"a reward or the loss is not finite in update {self.done + 1} (a lower --learning-rate "
+                            "may help)")
         if config.adaptive_lr and not warm_up:  # factor and bounds as usual for legged robots
             kl = row["last_kl"] / config.target_kl
             self.rate = min(max(self.rate * (1 / 1.5 if kl > 1 else 1.5 if kl < 0.5 else 1), 1e-5), 1e-2)
@@ -1233,14 +1233,14 @@ class Trainer:
         end = time.perf_counter()
         self.seconds += end - start
         return row | {"update": self.done, "step": self.done * self.batch_size, "seconds": self.seconds,
-                      "episodes": len(finished), "learning_rate": policy["lr"], "explained_variance": explained,
+                      "episodes": len(finished), "learning_rate": actor["lr"], "explained_variance": explained,
                       "seconds_rollout": judged - start, "seconds_update": end - judged}
 
     @torch.no_grad()
     def judge(self) -> tuple[dict, float]:
         """The rollout as a batch of decisions for ppo_loss, (T * N, ...), and the critic's explained variance."""
         config, agent, rollout = self.config, self.agent, self.rollout
-        H, played = config.action_chunk, rollout.reward.isfinite().sum(-1)  # steps of each chunk
+        H, lengths = config.action_chunk, rollout.reward.isfinite().sum(-1)  # steps played of each chunk
         gamma = config.gamma ** H  # of a decision
         reward = rollout.reward.nan_to_num() @ (config.gamma ** torch.arange(H, device=self.device))
         sums, self.carry = discounted_sums(reward, rollout.ended, self.carry, gamma)
@@ -1248,7 +1248,7 @@ class Trainer:
         reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10)  # in deviations of the return
         obs = agent.normalize(rollout.obs)
         value, final_value = (self.critic(x).squeeze(-1) for x in (obs, agent.normalize(rollout.final_obs)))
-        final_value = final_value * config.gamma ** (played - H)  # a chunk that was cut short led there sooner
+        final_value = final_value * config.gamma ** (lengths - H)  # a chunk that was cut short led there sooner
         advantage = advantages(reward, value, final_value, rollout.terminated, rollout.ended, gamma, config.gae_lambda)
         target = advantage + value
         batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, advantage=advantage, target=target)
@@ -1306,11 +1306,10 @@ class Trainer:
 
     def init_from(self, run: Path) -> None:
         """Start from another run's policy, critic and normalisers; NCDPO and DPPO can start from one another's."""
-        config, before = self.config, require_same(run, self.config, SAME_POLICY)
+        config, before = self.config, load_config(run)
+        require_same(run, config, SAME_POLICY + ["finetune_steps", "sampling_steps"] * bool(before.finetune_steps))
         if before.algo != config.algo and "ppo" in (before.algo, config.algo):
             raise UserError(f"{run} was trained by {before.algo}, whose network is not that of {config.algo}.")
-        if before.finetune_steps not in (None, config.finetune_steps):
-            raise UserError(f"{run} froze a part of its steps: repeat --finetune-steps {before.finetune_steps}.")
         source = load_agent(run, self.device)[1]
         if config.finetune_steps and not before.finetune_steps:
             source.policy.denoiser = PartlyFrozen(source.policy.denoiser, self.policy.denoiser.tuned)
@@ -1319,14 +1318,13 @@ class Trainer:
         self.agent.load_state_dict(source.state_dict())
 
 
-def require_same(run: Path, config: Config, names: list[str]) -> Config:
-    """The configuration of a run; raises UserError where it differs from ours in one of `names`."""
+def require_same(run: Path, config: Config, names: list[str]) -> None:
+    """Raises UserError where the configuration of a run differs from ours in one of `names`."""
     before = load_config(run)
     for name in names:
         if (was := getattr(before, name)) != (now := getattr(config, name)):
             raise UserError(f"{run} was trained with {name} = {was}, so it cannot go on with {now}: leave "
                             f"out --{name.replace('_', '-')}, or start a new run.")
-    return before
 
 
 def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndarray]:
@@ -1363,7 +1361,7 @@ def run_updates(trainer: Trainer, run: Path) -> None:
     """Iterate to the end or to --stop-at-return; metrics.csv, checkpoints, progress."""
     config, size, first, recent, started = trainer.config, trainer.batch_size, trainer.done, [], time.perf_counter()
     saved, goal, path = first, config.stop_at_return, run / "metrics.csv"
-    rows = path.read_text().splitlines()[1:first + 1] if first else []  # those that the checkpoint has
+    rows = path.read_text().splitlines()[1:first + 1] if path.is_file() else []  # those that the checkpoint has
     write(path, lambda file: file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode()))
     if trainer.compiles and first < trainer.updates:
         print("compiling the loss, which takes some 10 s the first time (--no-compile skips it) ...", flush=True)
@@ -1386,7 +1384,8 @@ def run_updates(trainer: Trainer, run: Path) -> None:
     except (UserError, OSError, KeyboardInterrupt) as error:
         kept = f"update {saved} is saved: python ncdpo.py --resume {run}"
         kept = kept if (run / "checkpoint.pt").is_file() else "there is no checkpoint yet."
-        raise UserError(f"{first_line(error)}; {kept}") from error
+        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError
+        raise kind(f"{str(error) or 'interrupted'}; {kept}") from error
 
 
 # ===== 11  Command line ===============================================================================================
@@ -1442,7 +1441,8 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
         flag = "--" + name.replace("_", "-")
         if evaluate and name not in ("episodes", "device", "sampling_steps"):
             raise UserError(f"a saved run is played as it was trained: leave out {flag}.")
-        if resume and name in ("init_from", "demos", "bc_steps", "bc_learning_rate"):
+        settled = ["init_from", "demos", "bc_steps", "bc_learning_rate", *["learning_rate"] * config.adaptive_lr]
+        if resume and name in settled:
             raise UserError(f"{run} has begun already: leave out {flag}.")
         if name in ignored:
             raise UserError(f"{flag} has no effect on --algo {config.algo}: leave it out.")
@@ -1461,8 +1461,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"ncdpo: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("ncdpo: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"ncdpo: {str(error) or 'interrupted.'}", file=sys.stderr)
         return 130
     return 0
 

@@ -514,6 +514,10 @@ def test_the_core_runs_when_it_is_pasted_elsewhere():
         rewards.append(reward.mean().item())
     untrained, perfect = -2 * (0.8**2 / 3 + 0.22**2), -2 * 0.22**2  # of the zero action and of the best one
     assert rewards[0] == pytest.approx(untrained, abs=0.1) and np.mean(rewards[-5:]) > 1.5 * perfect
+    there |= dict(obs_dim=3, act_dim=2, obs=torch.randn(64, 3), advantage=torch.randn(64), target=torch.randn(64))
+    exec(re.search(r"```python\n(import math.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1), there)
+    there["loss"].backward()  # of README's lines, through the chain
+    assert there["policy"].denoiser.net[0].weight.grad.norm() > 1e-4
 
 
 def random_rollout(T=40, N=3):
@@ -625,7 +629,7 @@ def play(env_id, vector, seed=3, num_envs=3, steps=210, chunk=1):
 
 @pytest.mark.parametrize("env_id, vector, chunk", [
     ("CartPole-v1", "auto", 1), ("Pendulum-v1", "auto", 1), ("Tiny-v0", "sync", 1), ("TinyBox-v0", "sync", 1),
-    ("TinyBox-v0", "sync", 3), ("TinyBox-v0", "async", 3), ("TinyEnds-v0", "sync", 3), ("Hopper-v4", "sync", 3)])
+    ("TinyBox-v0", "sync", 3), ("TinyEnds-v0", "sync", 3), ("Hopper-v4", "sync", 3)])
 def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
     """Also where the actions of a chunk are played one after another, until its episode ends."""
     rows, seeds = play(env_id, vector, chunk=chunk, steps=210 if chunk == 1 else 80)
@@ -654,17 +658,6 @@ def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
                 ends += 1
                 obs = alone.reset()[0]
     assert ends >= len(seeds) and len(set(seeds)) == len(seeds) and cut_short == (chunk > 1)
-
-
-@pytest.mark.parametrize("env_id, one, other, chunk", [
-    ("CartPole-v1", "sync", "async", 1), ("TinyBox-v0", "sync", "async", 1), ("Hopper-v4", "sync", "async", 3)])
-def test_all_simulators_give_the_same_trajectories(env_id, one, other, chunk):
-    ended = 0
-    for one, other in zip(*(play(env_id, vector, steps=60, chunk=chunk)[0] for vector in (one, other)), strict=True):
-        for name in one:
-            np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-5)
-        ended += one["terminated"].sum() + one["truncated"].sum()
-    assert ended > 3
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v4"])
@@ -1485,7 +1478,9 @@ def test_cloned_steps_that_will_be_frozen_are_cloned_too(clone, tmp_path, capsys
     tuned = [name for name in agent if ".denoiser.denoiser." in name]
     assert tuned and all(torch.equal(agent[name], agent[name.replace("r.denoiser", "r.frozen")]) for name in tuned)
     flags = ["--init-from", run, "--total-timesteps", "512", "--finetune-steps"]
-    assert "--finetune-steps 2" in complaint(capsys, *flags, "1")  # its second network would be used for other steps
+    assert "finetune_steps = 2" in complaint(capsys, *flags, "1")  # its second network would be used for other steps
+    assert "sampling_steps" in complaint(capsys, *flags, "2", "--sampling-steps", "2")
+    assert "--sampling-steps" in complaint(capsys, "--evaluate", run, "--sampling-steps", "2")
 
 
 def test_training_stops_once_twenty_episodes_have_the_mean_return_asked_for(tmp_path, monkeypatch):
@@ -1697,8 +1692,8 @@ def test_ctrl_c_tells_how_to_go_on_and_loses_only_the_updates_since_the_checkpoi
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     done = checkpoint_of(run)["update"]
-    assert process.returncode == 2 and error == (
-        f"ncdpo: KeyboardInterrupt; update {done} is saved: python ncdpo.py --resume {run}\n")
+    assert process.returncode == 130 and error == (
+        f"ncdpo: interrupted; update {done} is saved: python ncdpo.py --resume {run}\n")
     assert done % 3 == 0 and 0 < done <= len(rows_of(run)) < done + 3
     assert main(["--resume", str(run), "--total-timesteps", str(256 * (done + 1))]) == 0
     assert [int(row["update"]) for row in rows_of(run)] == list(range(1, done + 2))
@@ -1706,7 +1701,8 @@ def test_ctrl_c_tells_how_to_go_on_and_loses_only_the_updates_since_the_checkpoi
 
 def test_ctrl_c_before_a_checkpoint_says_that_there_is_none(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ncdpo.Trainer, "iterate", lambda self: os.kill(os.getpid(), signal.SIGINT))
-    assert "no checkpoint" in complaint(capsys, *arguments("CartPole-v1", tmp_path))
+    assert main(arguments("CartPole-v1", tmp_path)) == 130
+    assert capsys.readouterr().err == "ncdpo: interrupted; there is no checkpoint yet.\n"
 
 
 def test_metrics_have_a_column_for_each_thing_measured_and_an_empty_cell_is_not_a_number(run, tmp_path):
@@ -1925,9 +1921,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(run, capsys, monkeypatch, err
     assert [row["update"] for row in rows_of(run)] == [str(i) for i in range(1, 9)]
 
 
-@pytest.mark.filterwarnings("ignore:.*ERROR")  # Gymnasium's, of a worker
-@pytest.mark.parametrize("wrong, vector", [("observation", "auto"), ("reward", "auto"), ("exception", "auto"),
-                                           ("exception", "async")])
+@pytest.mark.parametrize("wrong, vector", [("observation", "auto"), ("reward", "auto"), ("exception", "auto")])
 def test_an_environment_that_breaks_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, wrong, vector):
     monkeypatch.setattr(Tiny, "made_to_fail", (40, wrong))  # in the third rollout of 16 steps
     error = complaint(capsys, *arguments("TinyBox-v0", tmp_path, "--vector", vector))
