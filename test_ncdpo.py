@@ -1685,7 +1685,8 @@ def test_ctrl_c_tells_how_to_go_on_and_loses_only_the_updates_since_the_checkpoi
     command = [sys.executable, str(HERE / "ncdpo.py"), "--env", "CartPole-v1", "--no-compile", "--device", "cpu",
                "--num-envs", "16", "--num-steps", "16", "--minibatch-size", "256", "--episodes", "1",
                "--runs", str(tmp_path), "--checkpoint-every", "3"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in a shell's background
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     run, patience = tmp_path / "CartPole-v1__ncdpo__1", time.monotonic() + 120
     while not ((run / "metrics.csv").is_file() and len(rows_of(run)) >= 4) and time.monotonic() < patience:
         time.sleep(0.05)
@@ -1700,7 +1701,10 @@ def test_ctrl_c_tells_how_to_go_on_and_loses_only_the_updates_since_the_checkpoi
 
 
 def test_ctrl_c_before_a_checkpoint_says_that_there_is_none(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ncdpo.Trainer, "iterate", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    def interrupted(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", interrupted)
     assert main(arguments("CartPole-v1", tmp_path)) == 130
     assert capsys.readouterr().err == "ncdpo: interrupted; there is no checkpoint yet.\n"
 

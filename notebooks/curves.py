@@ -220,7 +220,7 @@ def main() -> None:
         curves = load(HERE / "curves" / line.folder)
         print(table(curves))
         compared = {env: by_algo for env, by_algo in curves.items() if len(by_algo) > 1}
-        title = "Fine-tuning" if line.folder == "finetune" else "From scratch"
+        title = "Fine-tuning" if "finetune" in line.folder else "From scratch"
         figure(compared, title=title).savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)
 
 
