@@ -48,6 +48,9 @@ def play(run: Path, device: str = "auto") -> tuple[list[np.ndarray], float, list
     config, agent, _ = ncdpo.load_agent(run, device := ncdpo.pick_device(device))
     with drawing(config.env):
         env = ncdpo.make_env(config.env, render_mode="rgb_array")
+        if renderer := getattr(env.unwrapped, "mujoco_renderer", None):  # follow the robot; -1 is Gymnasium's own view
+            import mujoco
+            renderer.camera_id = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
     space, fps, seed = env.action_space, env.metadata.get("render_fps", 30), 1_000_003 + config.seed
     every = max(2, math.ceil(fps / 50))  # steps a frame; at more than 50 frames a second browsers slow a .gif down
     torch.manual_seed(seed)
