@@ -453,8 +453,8 @@ class VectorEnv:
     A decision is a chunk of H actions (H = 1 unless asked for): an action is (N, H * A), a reward (N, H), NaN for steps
     after an episode's end. Box actions live in [-1, 1] here and are clipped and rescaled; final_obs (N, S) is where a
     step really led: it differs from obs (where the next step starts) in those environments that ended and were reset in
-    the same step. `vector` is auto (MuJoCo in batches where the task allows it, on a GPU by Warp, else sync), warp,
-    or sync.
+    the same step. `vector` is auto (MuJoCo in batches where the task allows it, on a GPU by Warp, else sync), warp or
+    sync.
     """
 
     def __init__(self, env_id: str, num_envs: int, device: torch.device, vector: str = "auto", chunk: int = 1):
@@ -484,8 +484,9 @@ class VectorEnv:
             self.envs = MujocoEnvs(task, WarpPool if warp else MujocoPool, num_envs, chunk, self.home) if task else (
                 GymnasiumEnvs(env_id, num_envs, chunk))
         except Exception as error:  # no mujoco-warp, a model that it cannot simulate, too little memory
-            raise UserError(f"cannot make {num_envs} x {env_id} ({self.vector}): {first_line(error)}; pip install "
-                            "mujoco-warp, fewer --num-envs or --vector sync may help.") from error
+            remedy = "pip install mujoco-warp, fewer --num-envs or --vector sync" if warp else "fewer --num-envs"
+            raise UserError(f"cannot make {num_envs} x {env_id} ({self.vector}): {first_line(error)}; {remedy} may "
+                            "help.") from error
         self.close = self.envs.close
         if not task:
             one.close()
@@ -584,9 +585,10 @@ class MujocoPool:
         self.ctrl.copy_(ctrl)
         self.batch.step(nstep=self.frame_skip)
 
-    def restart(self, where, qpos, qvel):
-        """Begin anew in the environments `where` (N,) is true, in these states, qpos (N, nq) and qvel (N, nv)."""
+    def restart(self, where, states):
+        """Begin anew in the environments `where` (N,) is true; states() draws qpos (N, nq) and qvel (N, nv)."""
         if len(rows := np.flatnonzero(where)):
+            qpos, qvel = states()
             self.batch.reset(rows, stage=0)
             self.qpos[rows], self.qvel[rows] = qpos[rows], qvel[rows]
             self.batch.forward(rows)  # derived quantities, and the solver's warm start
@@ -621,7 +623,8 @@ class WarpPool:
         self.ctrl.copy_(ctrl)
         self._step()
 
-    def restart(self, where, qpos, qvel):
+    def restart(self, where, states):
+        qpos, qvel = states()
         choose = lambda new, old: new.where(where.view(-1, *[1] * (old.dim() - 1)), old)
         self.qpos.copy_(choose(qpos, self.qpos))
         self.qvel.copy_(choose(qvel, self.qvel))
@@ -712,7 +715,7 @@ class MujocoEnvs:
 
     def start(self, where):
         """Observations (N, S) after new episodes have begun where `where` (N,) is true."""
-        self.pool.restart(where, *self.task.start(self.pool, self.random))
+        self.pool.restart(where, partial(self.task.start, self.pool, self.random))
         self.age.masked_fill_(where, 0)
         return self.task.obs(self.pool)
 
@@ -720,7 +723,7 @@ class MujocoEnvs:
         task, pool = self.task, self.pool
         reward = torch.full((len(action), self.chunk), torch.nan, device=self.device)
         terminated, truncated = torch.zeros(2, len(action), dtype=torch.bool, device=self.device)
-        alive, final_obs = ~terminated, task.obs(pool)
+        alive = ~terminated
         for i, part in enumerate(action.chunk(self.chunk, 1)):
             x_before = task.x(pool).clone()
             pool.step(part)  # also where the episode has ended: what happens there is not looked at
@@ -728,7 +731,7 @@ class MujocoEnvs:
             # a state that diverged is no consequence of an action: it terminates, with zeros for what is not known
             diverged = ~(torch.cat([pool.qpos, pool.qvel], 1).abs() < 1e10).all(1)  # MuJoCo's own limit
             one, obs = one.masked_fill(diverged, 0), obs.masked_fill(diverged[:, None], 0)
-            final_obs = torch.where(alive[:, None], obs, final_obs)
+            final_obs = obs if i == 0 else torch.where(alive[:, None], obs, final_obs)
             reward[:, i] = one.masked_fill(~alive, torch.nan)
             self.age += 1
             terminated |= alive & (diverged | fell)

@@ -798,7 +798,7 @@ def test_only_tasks_whose_formulas_are_known_are_batched(monkeypatch):
     assert ncdpo.batched_task(HopperEnv()) is None
 
 
-# --- 6  MuJoCo Warp, against MuJoCo ------------------------------------------------------------------------------------
+# --- 6  MuJoCo Warp, against MuJoCo ----------------------------------------------------------------------------------
 
 warp = pytest.mark.skipif(not importlib.util.find_spec("mujoco_warp"), reason="mujoco-warp is not installed")
 
@@ -813,8 +813,8 @@ def pools(env_id, num_envs=16, lift=0.0):
     if lift:
         qpos[:, 2] += lift
     everywhere = torch.ones(num_envs, dtype=torch.bool)
-    slow.restart(everywhere, qpos.double(), qvel.double())
-    fast.restart(everywhere, qpos, qvel)
+    slow.restart(everywhere, lambda: (qpos.double(), qvel.double()))
+    fast.restart(everywhere, lambda: (qpos, qvel))
     space = task.env.action_space
     return task, slow, fast, lambda: torch.from_numpy(rng.uniform(space.low, space.high, slow.ctrl.shape)).float()
 
@@ -887,11 +887,11 @@ def test_a_masked_restart_leaves_the_other_environments_alone(env_id):
     ended = torch.tensor([True, False, False, True, False, True])
     before = [getattr(fast, name).clone() for name in names]
     qpos, qvel = 0.01 + fast.qpos.new_tensor(task.env.init_qpos).expand(6, -1), torch.zeros(6, fast.qvel.shape[1])
-    fast.restart(ended, qpos, qvel)
+    fast.restart(ended, lambda: (qpos, qvel))
     assert torch.equal(fast.qpos[ended], qpos[ended]) and torch.equal(fast.qvel[ended], qvel[ended])
     for name, old in zip(names, before):
         assert torch.equal(getattr(fast, name)[~ended], old[~ended])
-    slow.restart(torch.ones(6, dtype=torch.bool), qpos.double(), qvel.double())
+    slow.restart(torch.ones(6, dtype=torch.bool), lambda: (qpos.double(), qvel.double()))
     if task.fields:
         assert distance(slow, fast, *task.fields)[ended].max() < 1e-6
     slow.step(action.double())
