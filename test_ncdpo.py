@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ncdpo
 from ncdpo import UserError, VectorEnv, main, make_env
+from notebooks import physics
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -693,8 +694,8 @@ def follow(env, batch, i):
 
 def both(env_id, num_envs=3, chunk=1, **changed):
     """The batch and as many single environments, in the same start states; and a source of actions."""
-    task = ncdpo.batched_task(make_env(env_id, **changed))
-    batch = ncdpo.MujocoEnvs(task, ncdpo.MujocoPool, num_envs, chunk, CPU)
+    task = physics.batched_task(make_env(env_id, **changed))
+    batch = physics.MujocoEnvs(task, physics.MujocoPool, num_envs, chunk, CPU)
     singles = [make_env(env_id, **changed) for _ in range(num_envs)]
     batch.reset([1])
     for i, env in enumerate(singles):
@@ -789,13 +790,13 @@ def test_only_tasks_whose_formulas_are_known_are_batched(monkeypatch):
     others[-1].unwrapped.model.opt.enableflags = 1
     others += [Mine(), make_env("Ant-v4", use_contact_forces=True)]
     others += [gym.wrappers.ClipReward(make_env("Ant-v4"), -1, 1), gym.wrappers.ClipAction(make_env("Hopper-v5"))]
-    assert not any(map(ncdpo.batched_task, others)) and all(ncdpo.batched_task(make_env(name)) for name in MUJOCO)
-    assert ncdpo.batched_task(HopperEnv()).limit == np.inf and ncdpo.batched_task(make_env("Hopper-v5")).limit == 1000
+    assert not any(map(physics.batched_task, others)) and all(physics.batched_task(make_env(name)) for name in MUJOCO)
+    assert physics.batched_task(HopperEnv()).limit == np.inf and physics.batched_task(make_env("Hopper-v5")).limit == 1000
     for env_id, vector, served in (("Hopper-v5", "auto", "batched"), ("Hopper-v5", "sync", "sync"),
                                    ("CartPole-v1", "auto", "sync")):
         assert VectorEnv(env_id, 1, CPU, vector).vector == served
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # a MuJoCo before 4
-    assert ncdpo.batched_task(HopperEnv()) is None
+    assert physics.batched_task(HopperEnv()) is None
 
 
 # --- 6  MuJoCo Warp, against MuJoCo ----------------------------------------------------------------------------------
@@ -805,9 +806,9 @@ warp = pytest.mark.skipif(not importlib.util.find_spec("mujoco_warp"), reason="m
 
 def pools(env_id, num_envs=16, lift=0.0):
     """The formulas, both simulators in the same states near a start (lifted), and a source of actions."""
-    task = ncdpo.batched_task(make_env(env_id))
+    task = physics.batched_task(make_env(env_id))
     given = task.env.model, num_envs, task.env.frame_skip, task.fields, CPU
-    slow, fast, rng = ncdpo.MujocoPool(*given), ncdpo.WarpPool(*given), np.random.default_rng(3)
+    slow, fast, rng = physics.MujocoPool(*given), physics.WarpPool(*given), np.random.default_rng(3)
     qpos = torch.from_numpy(task.env.init_qpos + rng.uniform(-0.1, 0.1, slow.qpos.shape)).float()
     qvel = torch.from_numpy(rng.uniform(-0.5, 0.5, slow.qvel.shape)).float()
     if lift:
@@ -849,8 +850,8 @@ def test_warp_moves_as_mujoco_does(env_id):
 @warp
 @pytest.mark.parametrize("env_id", MUJOCO)
 def test_rewards_and_ends_on_warps_states_are_those_of_the_formulas(env_id):
-    task = ncdpo.batched_task(make_env(env_id))
-    envs, fields = ncdpo.MujocoEnvs(task, ncdpo.WarpPool, 64, 1, CPU), ("qpos", "qvel", *task.fields)
+    task = physics.batched_task(make_env(env_id))
+    envs, fields = physics.MujocoEnvs(task, physics.WarpPool, 64, 1, CPU), ("qpos", "qvel", *task.fields)
     envs.reset([5])
     there = type("States", (), {})  # a pool that knows nothing of Warp
     note = lambda: [setattr(there, name, getattr(envs.pool, name).double().clone()) for name in fields]
