@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4,<2.14", "gymnasium[mujoco]>=1.1,<2", "mujoco>=3.2,<5", "numpy>=1.26", "matplotlib>=3.8"]
+# dependencies = ["torch>=2.4,<2.14", "gymnasium[mujoco]>=1.1,<2", "mujoco>=3.2,<5", "numpy>=1.26"]
 # ///
 """NCDPO: reinforcement learning of diffusion policies by backpropagation through the denoising steps, in one file.
 
@@ -658,7 +658,7 @@ def clone(agent: Agent, config: Config, demos) -> None:
     """
     obs, action, episode = demos
     agent.obs_norm.update(obs)
-    obs, episodes, policy = agent.normalize(obs), np.unique(episode), agent.policy
+    obs, episodes, policy = agent.obs_norm(obs), np.unique(episode), agent.policy
     held_out = np.random.default_rng(config.seed).permutation(episodes)[:math.ceil(len(episodes) / 20)]
     held_out = torch.as_tensor(np.isin(episode, held_out), device=obs.device)
     seen, unseen = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
@@ -773,7 +773,7 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **change
             while alive.any():
                 omega, noise = policy.noise(episodes, device=device)
                 noise = noise if way == "exploring" else torch.zeros_like(noise)
-                obs, reward, terminated, truncated, _ = env.step(act(agent.normalize(obs), omega, noise)[0])
+                obs, reward, terminated, truncated, _ = env.step(act(agent.obs_norm(obs), omega, noise)[0])
                 returns += alive * reward.nansum(1).cpu().numpy()
                 lengths += alive * reward.isfinite().sum(1).cpu().numpy()
                 alive &= ~(terminated | truncated).cpu().numpy()
@@ -794,19 +794,6 @@ def read_metrics(run: str | Path) -> dict[str, np.ndarray]:
     names, *rows = (line.split(",") for line in (Path(run) / "metrics.csv").read_text().splitlines())
     table = np.array([[float(cell or "nan") for cell in row] for row in rows]).reshape(len(rows), len(names))
     return dict(zip(names, table.T))
-
-
-def plot_curve(history: dict[str, np.ndarray], path: Path, title: str) -> None:
-    """Return of the training episodes against environment steps and against seconds, as a picture."""
-    from matplotlib.figure import Figure
-
-    figure, there = Figure(figsize=(9, 3.2), layout="constrained"), ~np.isnan(history["return"])
-    for axes, x in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds")):
-        axes.plot(history[x][there], history["return"][there], "k.-" if there.sum() < 30 else "k-", linewidth=1)
-        axes.set(xlabel={"step": "environment steps", "seconds": "seconds"}[x], ylabel="return of training episodes")
-        axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
 
 
 # ===== 10  Configuration and training =================================================================================
@@ -842,7 +829,6 @@ class Config:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     target_kl: float | None = None  # stop an update's epochs above this KL (with --mean-log-prob: of the means)
-    norm_obs: bool = True  # normalise observations by running statistics
     hidden: int = 128  # width of the two hidden layers of actor and critic
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
     init_std: float = 0.22  # initial sigma of the final Gaussian (E7), for Box actions of ncdpo and ppo
@@ -870,7 +856,6 @@ class Config:
     action_chunk: int = 1  # actions H that are denoised together and played in a row: one decision of PPO
     bc_steps: int = 20_000  # gradient steps of behaviour cloning (E2), on minibatches of 256
     bc_learning_rate: float = 1e-3  # of behaviour cloning, falling to zero along a cosine
-    bc_coef: float = 0.0  # weight of the cloning loss while PPO runs (it needs --demos too)
     critic_warmup: int = 0  # first updates in which only the critic learns (it needs --critic-learning-rate)
     critic_learning_rate: float | None = None  # if given, the critic's own, and its gradient is clipped by itself
     mean_log_prob: bool = False  # average log-likelihoods over a Box action's coordinates instead of summing them
@@ -897,8 +882,8 @@ class Config:
                             "--denoising-steps.")
         if self.adaptive_lr and not self.target_kl or self.critic_warmup and not self.critic_learning_rate:
             raise UserError("--adaptive-lr needs --target-kl, and --critic-warmup needs --critic-learning-rate.")
-        if bool(self.bc_coef) != bool(self.demos) and (self.init_from or not self.demos):
-            raise UserError("--bc-coef needs --demos, and --demos beside --init-from needs --bc-coef.")
+        if self.demos and self.init_from:
+            raise UserError("--demos clones a new policy, --init-from starts from an old one: leave out one of them.")
         batch, rollout = self.num_envs * self.num_steps, f"{self.num_envs} --num-envs x {self.num_steps} --num-steps"
         if self.minibatch_size > batch:
             raise UserError(f"make --minibatch-size at most {batch}, the decisions of a rollout ({rollout}).")
@@ -908,12 +893,10 @@ class Config:
 
 
 LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
-          **dict.fromkeys("seed total_timesteps critic_warmup ent_coef vf_coef bc_coef".split(), (0, math.inf)),
+          **dict.fromkeys("seed total_timesteps critic_warmup ent_coef vf_coef".split(), (0, math.inf)),
           **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
-# What a run must share with the one that --init-from names, and with the one that --resume names
-SAME_POLICY = "env denoising_steps predict hidden activation action_chunk norm_obs".split()
-SAME_RUN = SAME_POLICY + ("algo sampling_steps eta noise_scale clip_denoised temperature min_std num_envs num_steps "
-                          "finetune_steps scored_steps critic_learning_rate").split()
+SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split()  # as in the run of --init-from
+MAY_CHANGE = "total_timesteps stop_at_return episodes runs checkpoint_every device vector compile".split()  # --resume
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.2, gamma=0.99,
                            gae_lambda=0.95, num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4,
@@ -931,14 +914,11 @@ class Agent(nn.Module):
         super().__init__()
         self.policy = make_policy(config, obs_dim, act_dim, discrete)
         self.critic = mlp(obs_dim, config.hidden, 1, config.activation, gain=1.0)
-        self.obs_norm, self.reward_norm, self.norm_obs = Normalizer(obs_dim), Normalizer(1), config.norm_obs
-
-    def normalize(self, obs):
-        return self.obs_norm(obs) if self.norm_obs else obs
+        self.obs_norm, self.reward_norm = Normalizer(obs_dim), Normalizer(1)
 
     def act(self, obs, omega, noise):
         """The policy's `act` on raw observations."""
-        return self.policy.act(self.normalize(obs), omega, noise)
+        return self.policy.act(self.obs_norm(obs), omega, noise)
 
 
 def make_policy(c: Config, obs_dim: int, act_dim: int, discrete: bool) -> NCDPO:
@@ -1013,7 +993,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector, config.action_chunk)
         self.agent = Agent(config, *self.env.spaces).to(self.device)
-        self.policy, self.critic, self.demos = self.agent.policy, self.agent.critic, None
+        self.policy, self.critic = self.agent.policy, self.agent.critic
         parts = [self.policy, self.critic] if config.critic_learning_rate else [self.agent]
         groups = [[p for p in part.parameters() if p.requires_grad] for part in parts]  # each is clipped by itself
         self.optimizer = torch.optim.Adam([{"params": group} for group in groups], eps=1e-5, fused=True)
@@ -1047,7 +1027,8 @@ class Trainer:
         self.obs = self.rollout.collect(self.env, self.policy, self.act, self.obs)
         batch, explained = self.judge()
         judged = time.perf_counter()
-        row = self.learn(batch) | self.measure(batch)
+        row = ppo_update(self.loss, batch, self.optimizer, config.update_epochs, config.minibatch_size,
+                         config.max_grad_norm, config.target_kl) | self.measure(batch)
         reward = self.rollout.reward  # NaN has a place there only in chunks that were cut short
         rewards = reward[..., 0].sum() + reward.sum(-1)[self.rollout.ended == 0].sum()
         if not all(map(math.isfinite, [rewards, *row.values()])):  # a wrong observation is in the loss by now
@@ -1075,8 +1056,8 @@ class Trainer:
         sums, self.carry = discounted_sums(reward, rollout.ended, self.carry, gamma)
         agent.reward_norm.update(sums.reshape(-1, 1))
         reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10)  # in deviations of the return
-        obs = agent.normalize(rollout.obs)
-        value, final_value = (self.critic(x).squeeze(-1) for x in (obs, agent.normalize(rollout.final_obs)))
+        obs = agent.obs_norm(rollout.obs)
+        value, final_value = (self.critic(x).squeeze(-1) for x in (obs, agent.obs_norm(rollout.final_obs)))
         final_value = final_value * config.gamma ** (lengths - H)  # a chunk that was cut short led there sooner
         advantage = advantages(reward, value, final_value, rollout.terminated, rollout.ended, gamma, config.gae_lambda)
         target = advantage + value
@@ -1085,19 +1066,6 @@ class Trainer:
         batch["log_prob"] = self.policy.log_prob(batch["obs"], batch["action"], batch["latent"])
         agent.obs_norm.update(rollout.obs.flatten(0, 1))  # only now: the rollout was played with the old statistics
         return batch, (1 - (target - value).var() / target.var().clamp(min=1e-8)).item()
-
-    def learn(self, batch: dict) -> dict:
-        """All epochs of PPO on a batch; returns their mean diagnostics."""
-        config = self.config
-
-        def with_cloning(**part):  # the loss plus the cloning loss of as many demonstrations
-            loss, diagnostics = self.loss(**part)
-            some = torch.randint(len(self.demos[0]), (len(part["obs"]),), device=self.device)
-            obs, action = (x[some] for x in self.demos[:2])
-            return loss + config.bc_coef * self.policy.bc_loss(self.agent.normalize(obs), action), diagnostics
-
-        return ppo_update(with_cloning if config.bc_coef else self.loss, batch, self.optimizer, config.update_epochs,
-                          config.minibatch_size, config.max_grad_norm, config.target_kl)
 
     def measure(self, batch: dict) -> dict:
         """Sigma, and the chain's noise and gradient, on a part of the batch."""
@@ -1121,7 +1089,7 @@ class Trainer:
 
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
-        require_same(run, self.config, SAME_RUN)
+        require_same(run, self.config, [name for name in vars(self.config) if name not in MAY_CHANGE])
         _, agent, state = load_agent(run, self.device)
         self.agent.load_state_dict(agent.state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
@@ -1163,8 +1131,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     """
     trainer, run = Trainer(config), Path(resume or "")
     with closing(trainer.env):
-        if config.demos and (config.bc_coef or not resume):
-            trainer.demos = load_demos(config.demos, trainer.env)
+        demos = load_demos(config.demos, trainer.env) if config.demos and not resume else None
         if resume:
             trainer.resume(run)
         else:
@@ -1176,14 +1143,12 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
         print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {config.num_envs} environments "
               f"({trainer.env.vector}) on {trainer.device};",
               f"going on after update {trainer.done} in" if resume else "writing", run, flush=True)
-        if config.demos and not config.init_from and not resume:
-            clone(trainer.agent, config, trainer.demos)
+        if demos:
+            clone(trainer.agent, config, demos)
             trainer.save(run)
         run_updates(trainer, run)
-    plot_curve(history := read_metrics(run), run / "curve.png", f"{config.algo} on {config.env}, seed {config.seed}")
-    print(describe(evaluate(run, config.episodes, str(trainer.device))))
-    print(f"curve: {run / 'curve.png'}", flush=True)
-    return history
+    print(describe(evaluate(run, config.episodes, str(trainer.device))), flush=True)
+    return read_metrics(run)
 
 
 def run_updates(trainer: Trainer, run: Path) -> None:
@@ -1260,7 +1225,7 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
     task = partial(Config.for_task, given.get("env", Config.env), demos=given.get("demos"))
     defaults = load_config(Path(run)) if run else task()
     if run and not (resume or evaluate):  # a new run, that starts where another one ended
-        fresh = ("total_timesteps", "demos", "bc_coef", "stop_at_return", "runs")
+        fresh = ("total_timesteps", "demos", "stop_at_return", "runs")
         defaults = dataclasses.replace(defaults, **{name: getattr(Config, name) for name in fresh})
     config = dataclasses.replace(defaults, **given)
     ignored = set() if config.algo == "dppo" else set(groups["dppo alone"])
@@ -1270,9 +1235,6 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
         flag = "--" + name.replace("_", "-")
         if evaluate and name not in ("episodes", "device", "sampling_steps"):
             raise UserError(f"a saved run is played as it was trained: leave out {flag}.")
-        settled = ["init_from", "demos", "bc_steps", "bc_learning_rate", *["learning_rate"] * config.adaptive_lr]
-        if resume and name in settled:
-            raise UserError(f"{run} has begun already: leave out {flag}.")
         if name in ignored:
             raise UserError(f"{flag} has no effect on --algo {config.algo}: leave it out.")
     return config, resume, evaluate

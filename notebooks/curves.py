@@ -3,6 +3,7 @@
     python notebooks/curves.py train HalfCheetah-v4 ncdpo   # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
     python notebooks/curves.py                              # all curves/*.csv -> the table (printed) and curves.png
     python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv
+    python notebooks/curves.py show runs/A runs/B           # the returns of any runs, as a picture: curve.png
 
 Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
 (environment steps at the row's end), seconds (of wall clock until then), episodes (that ended in the row), the means
@@ -65,7 +66,7 @@ def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], na
 
     def one(seed: int) -> None:
         run, log = runs / f"{env}__{algo}__{seed}", runs / f"{env}__{algo}__{seed}.log"
-        if not (log.exists() and "\ncurve: " in log.read_text()):  # what only a finished run prints
+        if not (log.exists() and "mean action: " in log.read_text()):  # what only a finished run prints
             task = ["--env", env, "--algo", algo, "--seed", str(seed), "--runs", str(runs)]
             if run.exists():
                 if not (run / "checkpoint.pt").exists():
@@ -203,6 +204,22 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str
     return picture
 
 
+def picture(runs: list[Path]):
+    """Return of the training episodes of run folders against environment steps and against seconds."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, x in zip(picture.subplots(1, 2, sharey=True), ("step", "seconds")):
+        for run in runs:
+            history = ncdpo.read_metrics(run)
+            there = ~np.isnan(history["return"])
+            axes.plot(history[x][there], history["return"][there], ".-" if there.sum() < 30 else "-", label=run.name)
+        axes.set(xlabel={"step": "environment steps", "seconds": "seconds"}[x], ylabel="return of training episodes")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return picture
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=".", help="inside curves/")
@@ -213,9 +230,15 @@ def main() -> None:
     trainer.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     trainer.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     trainer.add_argument("--name", help="name of the CSV file, <env>__<algo> if left out")
+    shower = commands.add_parser("show", help="a picture of runs")
+    shower.add_argument("runs", type=Path, nargs="+", help="run folders")
+    shower.add_argument("--to", default="curve.png", help="file of the picture")
     line, flags = parser.parse_known_args()
     if line.command == "train":
         train(line.env, line.algo, line.seeds, line.jobs, flags, line.name or f"{line.env}__{line.algo}")
+    elif line.command == "show":
+        picture(line.runs).savefig(line.to, dpi=120)
+        print(line.to)
     else:
         curves = load(HERE / "curves" / line.folder)
         print(table(curves))

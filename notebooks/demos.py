@@ -41,7 +41,7 @@ def record(run: Path, steps: int, deterministic: bool, device: str) -> dict[str,
         plan = torch.zeros(N, H, dtype=torch.int64) if env.discrete else torch.zeros(N, H, env.act_dim)
         for _ in range(math.ceil(steps / N)):
             if (due := used == H).any():
-                new = agent.policy.sample(agent.normalize(obs), deterministic)[0].cpu().view(plan.shape)
+                new = agent.policy.sample(agent.obs_norm(obs), deterministic)[0].cpu().view(plan.shape)
                 plan[due], used[due] = new[due], 0
             action, used = plan[range(N), used], used + 1
             after, reward, terminated, truncated, _ = env.step(action)

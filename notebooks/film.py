@@ -63,7 +63,7 @@ def play(run: Path, device: str = "auto") -> tuple[list[np.ndarray], float, list
                     frames.append(env.render())
             if not len(chunk):
                 obs = torch.as_tensor(obs.reshape(1, -1), dtype=torch.float32, device=device)
-                action = agent.policy.sample(agent.normalize(obs), deterministic=True)[0].cpu().numpy()
+                action = agent.policy.sample(agent.obs_norm(obs), deterministic=True)[0].cpu().numpy()
                 chunk = action.reshape(config.action_chunk, -1)
             action, chunk = chunk[0], chunk[1:]
             if isinstance(space, gym.spaces.Discrete):  # as VectorEnv.step

@@ -188,7 +188,7 @@ class MujocoEnvs:
         task, pool = self.task, self.pool
         reward = torch.full((len(action), self.chunk), torch.nan, device=self.device)
         terminated, truncated = torch.zeros(2, len(action), dtype=torch.bool, device=self.device)
-        alive = ~terminated
+        alive, final_obs = ~terminated, None
         for i, part in enumerate(action.chunk(self.chunk, 1)):
             x_before = task.x(pool).clone()
             pool.step(part)  # also where the episode has ended: what happens there is not looked at
@@ -196,7 +196,7 @@ class MujocoEnvs:
             # a state that diverged is no consequence of an action: it terminates, with zeros for what is not known
             diverged = ~(torch.cat([pool.qpos, pool.qvel], 1).abs() < 1e10).all(1)  # MuJoCo's own limit
             one, obs = one.masked_fill(diverged, 0), obs.masked_fill(diverged[:, None], 0)
-            final_obs = obs if i == 0 else torch.where(alive[:, None], obs, final_obs)
+            final_obs = obs if final_obs is None else torch.where(alive[:, None], obs, final_obs)
             reward[:, i] = one.masked_fill(~alive, torch.nan)
             self.age += 1
             terminated |= alive & (diverged | fell)
