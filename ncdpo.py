@@ -853,9 +853,8 @@ def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor,
     if not len(start) or not episode[start[0]] < episode[start[-1]]:
         raise UserError(f"{source} has fewer than two episodes of at least --action-chunk {H} steps; record more.")
     returns = np.bincount(episode, demos["rewards"][:, 0])
-    print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f}, "
-          f"{(action > 0.999).mean(0).max():.0%} of the actions the most frequent one" if env.discrete else
-          f"{(np.abs(action) > 0.999).mean():.0%} of the actions at a bound", flush=True)
+    extreme = f", {(np.abs(action) > 0.999).mean():.0%} of the actions at a bound" if not env.discrete else ""
+    print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f}{extreme}", flush=True)
     chunks = np.lib.stride_tricks.sliding_window_view(action.clip(-1, 1), H, 0)[start].swapaxes(1, 2)
     tensor = lambda x: torch.as_tensor(x.reshape(len(start), -1), dtype=torch.float32).to(env.device)
     return tensor(demos["observations"][start]), tensor(chunks), episode[start]

@@ -54,7 +54,7 @@ def load(name: str):
         with contextlib.redirect_stderr(io.StringIO()):  # the old gym, on which VMAS is built, says that it is old
             scenarios = importlib.import_module("vmas.scenarios")
     except ImportError as error:
-        raise ImportError(f"games need the package {error.name}: pip install {error.name}") from None
+        raise ImportError(f"games need the package {error.name}: pip install {error.name.split('.')[0]}") from None
     known = [path.stem for path in Path(scenarios.__file__).parent.rglob("*.py") if path.stem != "__init__"]
     if name not in known:
         near = " or ".join(difflib.get_close_matches(name, known)) or ", ".join(sorted(known))
