@@ -1750,7 +1750,7 @@ def test_metrics_have_a_column_for_each_thing_measured_and_an_empty_cell_is_not_
     history = ncdpo.read_metrics(run)
     assert list(history) == ncdpo.COLUMNS and all(len(column) == 4 for column in history.values())
     unknown = [name for name, column in history.items() if np.isnan(column).all()]
-    assert unknown == ["sigma", "chain_std"]  # a softmax has none
+    assert unknown == ["success", "sigma", "chain_std"]  # CartPole knows no success, and a softmax has no sigma
     assert history["step"].tolist() == [64, 128, 192, 256]
     parts = history["seconds_rollout"] + history["seconds_update"]
     np.testing.assert_allclose(parts, np.diff(history["seconds"], prepend=0), rtol=1e-3)
