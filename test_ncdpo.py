@@ -2465,7 +2465,8 @@ def test_a_world_ends_and_begins_again_without_the_others(games):
     assert torch.equal(env.reset(3), env.reset(3)) and not torch.equal(env.reset(3), env.reset(4))
 
 
-@pytest.mark.parametrize("name", ["football?n_red_agents=1", "navigation?continuous=1", "balance", "transport"])
+@pytest.mark.parametrize("name", ["football?n_red_agents=1", "navigation?continuous=1", "balance", "transport",
+                                  "sampling"])  # whose resets rebuild objects
 def test_worlds_of_vmas_begin_again_as_their_observations_say(games, name):
     env = VectorEnv(f"notebooks.games:{name}{'&' if '?' in name else '?'}max_steps=5", 4, CPU)
     env.reset(1)

@@ -38,13 +38,10 @@ WON = {"football": lambda info: info["sparse_reward"] > 0, "balance": lambda inf
 def make_vec(name: str, num_envs: int, device: torch.device) -> Games:
     """The game of `scenario?argument=value&...` in num_envs worlds; raises ValueError, ImportError (no vmas)."""
     scenario, _, query = name.partition("?")
-    words = {"true": True, "false": False}
-    given = {}
-    for key, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
-        try:
-            given[key] = words.get(value.lower(), ast.literal_eval(value))
-        except (ValueError, SyntaxError):
-            given[key] = words.get(value.lower(), value)
+    given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    for key, value in given.items():
+        with contextlib.suppress(ValueError, SyntaxError):  # words stay words
+            given[key] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
     return Games(scenario, num_envs, device, **{**DEFAULTS.get(scenario, {}), **given})
 
 
@@ -132,8 +129,16 @@ class Games:
         self.observation_space = gym.spaces.Box(-torch.inf, torch.inf, (seen * self.policy_dim,))
         turn = torch.arange(self.agents, device=device)
         self.order = (turn[:, None] + turn[:seen]) % self.agents  # whose observations an agent's row holds
+        held = tensors(scenario, num_worlds)
+        self.game.reset()
+        again = tensors(scenario, num_worlds)
+        # Does a reset build new lists or objects (distributions, say)? Then what it did cannot be put back
+        self.rebuilds = [(id(box), key) for box, key in held] != [(id(box), key) for box, key in again]
         self.won = WON.get(Path(inspect.getsourcefile(type(scenario).make_world)).stem)
         self.success = torch.zeros(self.num_envs, device=device) if self.won else None
+
+    def observe(self):
+        return self.joint([self.game.scenario.observation(agent) for agent in self.game.agents])
 
     def joint(self, obs: list):
         """Rows (N, S) of the agents' observations (W, own)."""
@@ -161,17 +166,23 @@ class Games:
     def restart(self, ended, obs):
         """Observations (N, S) after new episodes have begun in the worlds where `ended` (W,) is true.
 
-        VMAS begins anew either one world at a time or everywhere. Beginnings are drawn everywhere, and kept until a
-        world has used its own.
+        VMAS begins anew either in one world, which is slow, or everywhere. Beginnings are drawn everywhere, and kept
+        until a world has used its own.
         """
         if not ended.any():
             return obs
-        if (ended & self.used).any():
-            self.draw_beginnings()
-        for box, key, begin in self.reserve:
-            box[key] = begin.where(ended.view(-1, *[1] * (begin.dim() - 1)), box[key])
+        if self.rebuilds:
+            with self.randomness():
+                for world in ended.nonzero().flatten().tolist():
+                    self.game.scenario.env_reset_world_at(world)
+                self.first_obs = self.observe()
+        else:
+            if (ended & self.used).any():
+                self.draw_beginnings()
+            for box, key, begin in self.reserve:
+                box[key] = begin.where(ended.view(-1, *[1] * (begin.dim() - 1)), box[key])
+            self.used |= ended
         self.game.steps.masked_fill_(ended, 0)
-        self.used |= ended
         return self.first_obs.where(self.rows(ended)[:, None], obs)
 
     def draw_beginnings(self):
@@ -180,7 +191,7 @@ class Games:
                   for box, key in tensors(self.game.scenario, self.worlds)]
         with self.randomness():
             self.game.scenario.env_reset_world_at(None)
-            self.first_obs = self.joint([self.game.scenario.observation(agent) for agent in self.game.agents])
+            self.first_obs = self.observe()
         self.reserve = []
         for box, key, tensor, version, copy in before:
             if box[key] is not tensor or tensor._version != version:  # else it is no part of how an episode begins
