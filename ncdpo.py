@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib
 import inspect
 import json
 import math
@@ -142,14 +143,15 @@ class Denoiser(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, steps: int, hidden: int, activation: str, embedding: int = 16):
         super().__init__()
-        self.net = mlp(act_dim + obs_dim + embedding, hidden, act_dim, activation, gain=0.01)
+        self.obs_dim, self.net = obs_dim, mlp(act_dim + obs_dim + embedding, hidden, act_dim, activation, gain=0.01)
         freq = torch.exp(-math.log(1000) * torch.arange(embedding // 2) / (embedding // 2))
         angle = torch.arange(steps + 1)[:, None] * freq
         self.register_buffer("embedding", torch.cat([angle.sin(), angle.cos()], -1), persistent=False)
 
     def forward(self, x, k, obs):
         """Network output (..., A) at x_k (..., A) and s (..., S); k an int, or a LongTensor of x's leading axes."""
-        return self.net(torch.cat([x, obs, self.embedding[k].expand(*x.shape[:-1], -1)], -1))
+        seen = obs[..., :self.obs_dim]  # the critic may see more than the policy
+        return self.net(torch.cat([x, seen, self.embedding[k].expand(*x.shape[:-1], -1)], -1))
 
 
 class Normalizer(nn.Module):
@@ -370,15 +372,18 @@ class MLPPolicy(NCDPO):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int, activation: str, head: nn.Module):
         nn.Module.__init__(self)  # what NCDPO's methods read, with a chain of no steps
-        self.act_dim, self.K, self.noise_scale, self.head = act_dim, 0, 1.0, head
+        self.obs_dim, self.act_dim, self.K, self.noise_scale, self.head = obs_dim, act_dim, 0, 1.0, head
         self.net = mlp(obs_dim, hidden, act_dim, activation, gain=0.01)
 
     def mean(self, obs, omega):
-        return self.net(obs)
+        return self.net(obs[..., :self.obs_dim])
 
     def bc_loss(self, obs, action):
-        """Behaviour cloning: mean squared error of the mean action; obs (B, S), action (B, A)."""
-        return F.mse_loss(self.net(obs), action)
+        """Behaviour cloning, obs (B, S), action (B, A): squared error of the mean action, or cross entropy."""
+        mean = self.mean(obs, None)
+        if isinstance(self.head, Categorical):
+            return -self.head.log_prob(mean, action.argmax(-1)).mean()
+        return F.mse_loss(mean, action)
 
 
 class DPPO(NCDPO):
@@ -458,37 +463,40 @@ class VectorEnv:
     after an episode's end. Box actions live in [-1, 1] here and are clipped and rescaled; final_obs (N, S) is where a
     step really led: it differs from obs (where the next step starts) in those environments that ended and were reset in
     the same step. `vector` is auto (MuJoCo in batches by notebooks/physics.py where that has the task, else sync), warp
-    or sync.
+    or sync; a `module:name` may bring a simulator of its own (make_vec).
     """
 
     def __init__(self, env_id: str, num_envs: int, device: torch.device, vector: str = "auto", chunk: int = 1):
-        self.env_id, self.num_envs, self.device, self.chunk = env_id, num_envs, device, chunk
-        one = make_env(env_id)
+        self.env_id, self.device, self.chunk = env_id, device, chunk
+        own = make_vec(env_id, num_envs, device)
+        one = own or make_env(env_id)
         obs_space, act_space = one.observation_space, one.action_space
         self.discrete = isinstance(act_space, gym.spaces.Discrete)
         box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded()
-        if not isinstance(obs_space, gym.spaces.Box) or not (self.discrete and chunk == 1 or box):
+        if not isinstance(obs_space, gym.spaces.Box) or not (self.discrete or box):
             raise UserError(f"{env_id} has observations {obs_space} and actions {act_space}; only Box observations and "
-                            "only Discrete (in no chunk) and bounded one-dimensional Box actions are supported: "
+                            "only Discrete and bounded one-dimensional Box actions are supported: "
                             "wrap the environment (gymnasium.wrappers.FlattenObservation, TransformAction).")
+        if chunk > 1 and (own or self.discrete):
+            raise UserError(f"{env_id} takes one action at a time, no chunk of them: give --action-chunk 1.")
         try:
-            batched = physics.make_vec(one, num_envs, chunk, device, vector) if physics and vector != "sync" else None
-            if vector == "warp" and not batched:
+            self.envs = own or (physics and vector != "sync" and physics.make_vec(one, num_envs, chunk, device, vector)
+                                ) or GymnasiumEnvs(env_id, num_envs, chunk)
+            if vector == "warp" and self.envs.kind != "warp":
                 raise ValueError("notebooks/physics.py, beside this file, has no formulas of it")
-            self.envs = batched or GymnasiumEnvs(env_id, num_envs, chunk)
         except Exception as error:  # no mujoco-warp, a model that it cannot simulate, too little memory
             raise UserError(f"cannot make {num_envs} x {env_id} (--vector {vector}): {first_line(error)}; "
                             "fewer --num-envs or --vector sync may help.") from error
         self.vector, self.home, self.close = self.envs.kind, self.envs.device, self.envs.close
-        if not batched:
-            one.close()
         if self.discrete:
             self.act_dim, self.offset = int(act_space.n), int(act_space.start)
         else:
             low, high = (torch.as_tensor(b, device=self.home).repeat(chunk) for b in (act_space.low, act_space.high))
             self.act_dim, self.center, self.scale = len(low), (high + low) / 2, (high - low) / 2
         self.obs_dim = math.prod(obs_space.shape)
-        self.spaces = [self.obs_dim, self.act_dim, self.discrete]  # what an Agent is built for
+        self.num_envs = getattr(self.envs, "num_envs", num_envs)  # rows, which may be several agents of a world
+        self.policy_dim = getattr(self.envs, "policy_dim", self.obs_dim)
+        self.spaces = [self.obs_dim, self.act_dim, self.discrete, self.policy_dim]  # what an Agent is built for
 
     def reset(self, *seed: int):
         """First observations (N, S) of new episodes, all of whose randomness comes from `seed`."""
@@ -503,6 +511,21 @@ class VectorEnv:
             return [x.to(self.device) for x in self.envs.step(action)]
         except Exception as error:
             raise UserError(f"{self.env_id} raised {type(error).__name__} in step: {first_line(error)}") from error
+
+
+def make_vec(env_id: str, num_envs: int, device: torch.device):
+    """What make_vec(name, num_envs, device) of the module returns for `module:name`; None if it has no such function.
+
+    It has the methods and attributes of GymnasiumEnvs below; the spaces of a row and the number of rows, `num_envs`;
+    `policy_dim`, how many of the first numbers of an observation the policy sees (the critic sees all); `success`, None
+    or (N,), 1 where the last step ended an episode well.
+    """
+    module, _, name = env_id.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), "make_vec", None) if name else None
+        return make and make(name, num_envs, device)
+    except Exception as error:
+        raise UserError(f"cannot make {env_id}: {first_line(error)}") from error
 
 
 def make_env(env_id: str, **more) -> gym.Env:
@@ -542,7 +565,7 @@ class ActionChunk(gym.Wrapper):
 class GymnasiumEnvs:
     """Gymnasium's vector environments, a Python object for each copy, as VectorEnv wants them."""
 
-    kind, device = "sync", torch.device("cpu")
+    kind, device, success = "sync", torch.device("cpu"), None
 
     def __init__(self, env_id: str, num_envs: int, chunk: int):
         make = lambda: ActionChunk(make_env(env_id), chunk) if chunk > 1 else make_env(env_id)
@@ -575,7 +598,8 @@ class Rollout:
         new = lambda *more: torch.zeros(steps, env.num_envs, *more, device=env.device)
         self.obs, self.final_obs, self.reward = new(env.obs_dim), new(env.obs_dim), new(env.chunk)
         self.terminated, self.ended = new(), new()  # ended = terminated or truncated
-        self.so_far = torch.zeros(env.num_envs, 2, dtype=torch.float64)  # return and length of the running episodes
+        self.success = None if env.envs.success is None else new()
+        self.so_far = 0.0  # of the running episodes: return, length and success
 
     @torch.no_grad()
     def collect(self, env: VectorEnv, policy: NCDPO, act, obs):
@@ -587,14 +611,16 @@ class Rollout:
             played.append([x.clone() for x in act(obs, omega[t], noise[t])])  # a CUDA graph reuses its outputs' memory
             obs, self.reward[t], terminated, truncated, self.final_obs[t] = env.step(played[-1][0])
             self.terminated[t], self.ended[t] = terminated, terminated | truncated
+            if self.success is not None:
+                self.success[t] = env.envs.success
         self.action, self.latent = (torch.stack(column) for column in zip(*played))
         return obs
 
     def finished(self):
-        """Return and length of each episode that ended in this rollout, (episodes, 2); to be called once a rollout."""
+        """Return, length and perhaps success of the episodes that ended, (episodes, 2 or 3); to be called once."""
         ended, reward = self.ended.cpu(), self.reward.cpu().double()
-        both = torch.stack([reward.nansum(-1), reward.isfinite().sum(-1)], -1)
-        sums, self.so_far = discounted_sums(both, ended[..., None], self.so_far, gamma=1.0)
+        parts = [reward.nansum(-1), reward.isfinite().sum(-1)] + ([] if self.success is None else [self.success.cpu()])
+        sums, self.so_far = discounted_sums(torch.stack(parts, -1), ended[..., None], self.so_far, gamma=1.0)
         return sums[ended == 1]
 
 
@@ -616,25 +642,29 @@ def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor,
     """Chunks that stay inside an episode: observations (n, S), actions (n, H * A) in [-1, 1], episode numbers (n,).
 
     `source` is an .npz file of DEMO_KEYS: a row per step, episode by episode; observations (steps, S), actions
-    (steps, A) as the task takes them, the others (steps,). Raises UserError for a file that cannot be read, for
+    (steps, A) as the task takes them, the others (steps,). A Discrete action, (steps,), becomes a one-hot vector of -1
+    and 1; of a team, each agent's episodes follow one another. Raises UserError for a file that cannot be read, for
     demonstrations of another task, and for the first row that cannot be right. Prints a summary.
     """
-    if env.discrete:
-        raise UserError(f"{env.env_id} has Discrete actions; demonstrations of Box actions only can be cloned.")
     try:
         with np.load(source, allow_pickle=False) as file:
             demos = {key: np.asarray(file[key], float) for key in DEMO_KEYS}
     except Exception as error:  # a damaged file can raise nearly anything
         raise UserError(f"cannot read demonstrations from {source} ({first_line(error)}); notebooks/demos.py "
                         "writes such a file: it records a run, and converts D4RL and Minari.") from None
-    n, H, dims = demos["rewards"].size, env.chunk, env.act_dim // env.chunk
+    n, H, dims = demos["rewards"].size, env.chunk, 1 if env.discrete else env.act_dim // env.chunk
     for key, size in zip(DEMO_KEYS, (env.obs_dim, dims, 1, 1, 1)):
         if demos[key].size != n * size or not n:
             raise UserError(f"{key} of {source} have the shape {demos[key].shape}, but {n} steps of {env.env_id} need "
                             f"({n}, {size}): these are not demonstrations of this task.")
         demos[key] = demos[key].reshape(n, size)
-    action = (demos["actions"] - env.center[:dims].cpu().numpy()) / env.scale[:dims].cpu().numpy()
-    good = np.isfinite(np.hstack(list(demos.values()))).all(1) & (np.abs(action) <= 1.001).all(1)
+    if env.discrete:
+        action = 2.0 * (demos["actions"] - env.offset == np.arange(env.act_dim)) - 1
+        inside = (action > 0).any(1)
+    else:
+        action = (demos["actions"] - env.center[:dims].cpu().numpy()) / env.scale[:dims].cpu().numpy()
+        inside = (np.abs(action) <= 1.001).all(1)
+    good = np.isfinite(np.hstack(list(demos.values()))).all(1) & inside
     if not good.all():
         raise UserError(f"row {good.argmin()} of {source} has a number that is not finite or an action outside of "
                         f"the task's space ({demos['actions'][good.argmin()]}): scale them, or drop that episode.")
@@ -644,8 +674,8 @@ def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor,
     if not len(start) or not episode[start[0]] < episode[start[-1]]:
         raise UserError(f"{source} has fewer than two episodes of at least --action-chunk {H} steps; record more.")
     returns = np.bincount(episode, demos["rewards"][:, 0])
-    print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f}, "
-          f"{(np.abs(action) > 0.999).mean():.0%} of the actions at a bound", flush=True)
+    extreme = f", {(np.abs(action) > 0.999).mean():.0%} of the actions at a bound" if not env.discrete else ""
+    print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f}{extreme}", flush=True)
     chunks = np.lib.stride_tricks.sliding_window_view(action.clip(-1, 1), H, 0)[start].swapaxes(1, 2)
     tensor = lambda x: torch.as_tensor(x.reshape(len(start), -1), dtype=torch.float32).to(env.device)
     return tensor(demos["observations"][start]), tensor(chunks), episode[start]
@@ -689,14 +719,14 @@ def clone(agent: Agent, config: Config, demos) -> None:
 
 # ===== 9  Run folder ==================================================================================================
 
-COLUMNS = ("update step seconds episodes return length approx_kl last_kl clip_fraction explained_variance policy_loss "
-           "value_loss entropy grad_norm sigma chain_std chain_gradient_ratio chain_clipped learning_rate "
+COLUMNS = ("update step seconds episodes return length success approx_kl last_kl clip_fraction explained_variance "
+           "policy_loss value_loss entropy grad_norm sigma chain_std chain_gradient_ratio chain_clipped learning_rate "
            "seconds_rollout seconds_update").split()
 
 
 def new_run_folder(config: Config) -> Path:
     """runs/<env>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
-    name = "__".join([re.sub("[/:]", "_", config.env), config.algo, str(config.seed)])
+    name = "__".join([re.sub("[/:?&=]", "_", config.env), config.algo, str(config.seed)])
     paths = (Path(config.runs, f"{name}-{n}" if n > 1 else name) for n in range(1, 10**6))
     run = next(path for path in paths if not path.exists())
     try:
@@ -759,25 +789,27 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **change
     "exploring" is the policy as it was trained; "mean action", the one to report, leaves out the final Gaussian (or
     takes the likeliest choice); "eta 0" leaves out all noise of the chain but x_K as well (DDIM), as policies are often
     deployed. Each environment, always Gymnasium's, plays exactly one episode, so that short ones are not
-    over-represented. `changed` are fields of Config, say sampling_steps. Returns {way: {"return", "length": arrays}}.
+    over-represented. `changed` are fields of Config, say sampling_steps. Returns {way: {"return", "length": arrays}},
+    and "success" where the task has it. Of a game `episodes` worlds are played, and each agent has an entry.
     """
     with keep_random_state(device := pick_device(device)):
         config, agent, _ = load_agent(Path(run), device, **changed)
         policy, result, act, seed = agent.policy, {}, agent.policy.act, 1_000_003 + config.seed  # apart from training's
         env = VectorEnv(config.env, episodes, device, "sync", config.action_chunk)
+        N, names = env.num_envs, ["return", "length"] + ["success"] * (env.envs.success is not None)
         for way in ["exploring", "mean action"] + ["eta 0"] * (config.algo != "ppo"):
             if way == "eta 0":  # NCDPO's chain for DPPO too, whose own steps are noisy whatever eta
                 act = partial(NCDPO.act, load_agent(Path(run), device, **{**changed, "eta": 0.0})[1].policy)
             torch.manual_seed(seed)
-            obs, alive, returns, lengths = env.reset(seed), np.ones(episodes, bool), *np.zeros((2, episodes))
+            obs, alive, sums = env.reset(seed), np.ones(N, bool), np.zeros((len(names), N))
             while alive.any():
-                omega, noise = policy.noise(episodes, device=device)
+                omega, noise = policy.noise(N, device=device)
                 noise = noise if way == "exploring" else torch.zeros_like(noise)
                 obs, reward, terminated, truncated, _ = env.step(act(agent.obs_norm(obs), omega, noise)[0])
-                returns += alive * reward.nansum(1).cpu().numpy()
-                lengths += alive * reward.isfinite().sum(1).cpu().numpy()
+                for total, x in zip(sums, (reward.nansum(1), reward.isfinite().sum(1), env.envs.success)):
+                    total += alive * x.cpu().numpy()
                 alive &= ~(terminated | truncated).cpu().numpy()
-            result[way] = {"return": returns, "length": lengths}
+            result[way] = dict(zip(names, sums))
         env.close()
     return result
 
@@ -785,8 +817,8 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **change
 def describe(result: dict) -> str:
     """An evaluation as text."""
     spread = lambda x: f"{x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
-    return "\n".join(f"{way:>13}: " + ", ".join(f"{what} {spread(x)}" for what, x in values.items())
-                     for way, values in result.items())
+    shown = lambda what, x: f"success {x.mean():.0%}" if what == "success" else f"{what} {spread(x)}"
+    return "\n".join(f"{way:>13}: " + ", ".join(map(shown, values, values.values())) for way, values in result.items())
 
 
 def read_metrics(run: str | Path) -> dict[str, np.ndarray]:
@@ -910,9 +942,9 @@ PRESETS: dict[str, dict] = {  # by the name of the task without its version; the
 class Agent(nn.Module):
     """Policy, critic and the normalisers of observations and rewards: all that a checkpoint must hold."""
 
-    def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool):
+    def __init__(self, config: Config, obs_dim: int, act_dim: int, discrete: bool, policy_dim: int | None = None):
         super().__init__()
-        self.policy = make_policy(config, obs_dim, act_dim, discrete)
+        self.policy = make_policy(config, policy_dim or obs_dim, act_dim, discrete)
         self.critic = mlp(obs_dim, config.hidden, 1, config.activation, gain=1.0)
         self.obs_norm, self.reward_norm = Normalizer(obs_dim), Normalizer(1)
 
@@ -998,8 +1030,8 @@ class Trainer:
         groups = [[p for p in part.parameters() if p.requires_grad] for part in parts]  # each is clipped by itself
         self.optimizer = torch.optim.Adam([{"params": group} for group in groups], eps=1e-5, fused=True)
         self.rollout = Rollout(config.num_steps, self.env)
-        self.carry = torch.zeros(config.num_envs, device=self.device)  # discounted return so far, to scale rewards
-        self.batch_size = config.num_envs * config.num_steps * config.action_chunk  # in environment steps
+        self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far, to scale rewards
+        self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # in environment (agent) steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         self.rate, self.obs = config.learning_rate, self.env.reset(config.seed)  # the rate of --adaptive-lr
 
@@ -1038,7 +1070,7 @@ class Trainer:
             kl = row["last_kl"] / config.target_kl
             self.rate = min(max(self.rate * (1 / 1.5 if kl > 1 else 1.5 if kl < 0.5 else 1), 1e-5), 1e-2)
         if len(finished := self.rollout.finished()):
-            row["return"], row["length"] = finished.mean(0).tolist()
+            row |= zip(("return", "length", "success"), finished.mean(0).tolist())  # success where the task has it
         self.done += 1
         end = time.perf_counter()
         self.seconds += end - start

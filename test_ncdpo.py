@@ -1352,6 +1352,43 @@ def test_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean(capsys, al
         assert len(losses) == 20 and losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("predict", ["epsilon", "v"])
+def test_cloned_one_hot_actions_are_drawn_as_often_as_they_were_shown(predict):  # E2, E8
+    """Two states; with 20 steps (5, or predicting the sample, sharpen the frequencies) the chain's end is a choice."""
+    p, state = torch.tensor([[0.2, 0.3, 0.5], [0.7, 0.1, 0.2]]), torch.randint(2, (8000,))
+    action = 2 * torch.nn.functional.one_hot(torch.multinomial(p[state], 1).squeeze(1), 3) - 1.0
+    c = config(predict=predict, bc_steps=3000, bc_learning_rate=3e-3, hidden=64, denoising_steps=20)
+    agent = ncdpo.Agent(c, 1, 3, True)
+    ncdpo.clone(agent, c, (2.0 * state[:, None] - 1, action, np.arange(8000) // 10))
+    for s in (0, 1):
+        drawn = agent.policy.sample(agent.obs_norm(torch.full((4000, 1), 2.0 * s - 1)))[0]
+        error = (torch.bincount(drawn, minlength=3) / 4000 - p[s]) / (p[s] * (1 - p[s]) * 2 / 4000).sqrt()
+        assert (error.abs() < 3).all()
+
+
+@pytest.mark.parametrize("algo", ["ncdpo", "ppo"])
+def test_a_cloned_expert_with_discrete_actions_reaches_its_return(tmp_path, capsys, algo):
+    env, rows = VectorEnv("CartPole-v1", 8, CPU), []
+    obs = env.reset(1)
+    for _ in range(500):  # a rule that balances for the whole episode
+        action = (obs @ torch.tensor([0.1, 0.3, 2.0, 1.0]) > 0).long()
+        after, reward, terminated, truncated, _ = env.step(action)
+        rows.append((obs, action, reward[:, 0], terminated, truncated))
+        obs = after
+    path = saved(tmp_path / "d.npz", {key: torch.stack(x, 1).flatten(0, 1).numpy()
+                                      for key, x in zip(ncdpo.DEMO_KEYS, zip(*rows))})
+    ncdpo.train(config(algo=algo, demos=path, total_timesteps=0, denoising_steps=10, bc_steps=2000, hidden=64,
+                       runs=str(tmp_path)))
+    assert "8 episodes, 4,000 steps, mean return 500.0\n" in capsys.readouterr().out
+    assert ncdpo.evaluate(tmp_path / f"CartPole-v1__{algo}__1", 10, "cpu")["mean action"]["return"].mean() > 450
+    with np.load(path) as file:
+        demos = dict(file)
+    for wrong in (2, -1, 0.5, np.nan):
+        action = np.where(np.arange(4000) == 17, wrong, demos["actions"])
+        with pytest.raises(UserError, match="row 17"):
+            ncdpo.load_demos(saved(tmp_path / "wrong.npz", demos | {"actions": action}), env)
+
+
 def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_same_noise(capsys):
     """A twentieth of them, rounded up; each observation is the number of its episode."""
     c = config(bc_steps=40, bc_learning_rate=1e-12)  # without learning, nothing else moves their loss
@@ -1690,7 +1727,7 @@ def test_metrics_have_a_column_for_each_thing_measured_and_an_empty_cell_is_not_
     history = ncdpo.read_metrics(run)
     assert list(history) == ncdpo.COLUMNS and all(len(column) == 4 for column in history.values())
     unknown = [name for name, column in history.items() if np.isnan(column).all()]
-    assert unknown == ["sigma", "chain_std"]  # a softmax has none
+    assert unknown == ["success", "sigma", "chain_std"]  # CartPole knows no success, and a softmax has no sigma
     assert history["step"].tolist() == [64, 128, 192, 256]
     parts = history["seconds_rollout"] + history["seconds_update"]
     np.testing.assert_allclose(parts, np.diff(history["seconds"], prepend=0), rtol=1e-3)
@@ -1733,7 +1770,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--num-envs", "many"], "--num-envs"),
     (["--episodes", "0"], "--episodes"),
     (["--action-chunk", "2"], "chunk"),  # of Discrete actions
-    (["--demos", "some.npz", "--action-chunk", "1"], "Box actions only"),
+    (["--demos", "some.npz"], "give --action-chunk 1"),  # the preset's 4 are for Box actions
     (["--env", "TinyBox-v0", "--action-chunk", "2", "--total-timesteps", "2048"], "at least 4096"),
     (["--algo", "dppo", "--scored-steps", "6"], "--denoising-steps"),
     (["--num-envs", "2", "--num-steps", "1", "--minibatch-size", "1", "--total-timesteps", "2"], "--minibatch-size"),
@@ -2297,6 +2334,166 @@ def test_readme_is_short_and_names_only_flags_files_and_functions_that_exist():
     for name in named:
         operator.attrgetter(name)(ncdpo)
     assert len(named) >= 3
+
+
+# --- games -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def games(monkeypatch):
+    """notebooks/games.py, with a scenario "coded" whose numbers tell of which world and agent they are."""
+    pytest.importorskip("vmas", reason="games need vmas")
+    games = pytest.importorskip("notebooks.games")
+    games.load("football")  # imports VMAS without its noise
+    from vmas.simulator.core import Agent, World
+    from vmas.simulator.scenario import BaseScenario
+
+    class Coded(BaseScenario):
+        """World w ends after 3 + w steps. An agent observes w, itself, the step, a random start, its last action."""
+
+        def make_world(self, batch_dim, device, **kwargs):
+            world, self.w = World(batch_dim, device), torch.arange(batch_dim, device=device)
+            for i in range(kwargs.pop("n_agents", 3)):
+                world.add_agent(Agent(f"agent {i}"))
+            self.hidden = [{"t": torch.zeros(batch_dim)}]
+            return world
+
+        def reset_world_at(self, env_index=None):
+            assert env_index is None  # one at a time is slow
+            self.hidden[0]["t"][:] = 0
+            self.start = torch.rand(len(self.w))
+            for agent in self.world.agents:
+                agent.last = torch.zeros(len(self.w))
+
+        def process_action(self, agent):
+            agent.last = agent.action.u[:, 0].clone()
+
+        def post_step(self):
+            self.hidden[0]["t"] += 1
+
+        def observation(self, agent):
+            i = torch.full_like(self.start, self.world.agents.index(agent))
+            return torch.stack([self.w, i, self.hidden[0]["t"], self.start, agent.last], 1)
+
+        def reward(self, agent):
+            return 100 * self.w + 10 * self.world.agents.index(agent) + self.hidden[0]["t"]
+
+        def done(self):
+            return self.hidden[0]["t"] >= 3 + self.w
+
+        def info(self, agent):
+            return {"well": self.w != 1}  # world 1 never ends well
+
+    real = games.load
+    monkeypatch.setattr(games, "load", lambda name: Coded() if name == "coded" else real(name))
+    monkeypatch.setitem(games.WON, "test_ncdpo", lambda info: info["well"])
+    return games
+
+
+def test_actions_observations_and_rewards_of_agents_land_on_their_rows(games):
+    game = games.make_vec("coded?continuous=1", 4, CPU)
+    game.reset([0])
+    obs, reward, *_ = game.step(torch.arange(24.0).view(12, 2) / 24)
+    rows = [[w, i, 1, 2 * (3 * w + i) / 24] for w in range(4) for i in range(3)]
+    torch.testing.assert_close(obs.view(12, 3, 5)[:, 0, [0, 1, 2, 4]], torch.tensor(rows))
+    assert reward.tolist() == [[100 * w + 10 * i + 1] for w in range(4) for i in range(3)]
+    assert obs.view(12, 3, 5)[:, :, 1].tolist() == 4 * [[0, 1, 2], [1, 2, 0], [2, 0, 1]]  # own first, then in turn
+    for world in obs.view(4, 3, 3, 5):  # the same numbers for all its agents
+        assert all(torch.equal(seen[seen[:, 1].argsort()], world[0]) for seen in world)
+    own = games.make_vec("coded?continuous=1&critic=own", 4, CPU)
+    assert own.reset([0]).shape == (12, 5) and own.policy_dim == game.policy_dim == 5
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_permuting_agents_permutes_their_actions_and_only_the_critic_sees_the_others(games, algo):
+    env = VectorEnv("notebooks.games:coded", 4, CPU)
+    agent = shaken(ncdpo.Agent(config(algo=algo), *env.spaces))
+    omega, noise = (x.view(4, 3, *x.shape[1:]) for x in agent.policy.noise(12))
+    obs, swap = list(torch.randn(3, 4, 5)), [1, 0, 2]
+    act = lambda obs, pick: agent.act(env.envs.joint(obs), omega[:, pick].flatten(0, 1), noise[:, pick].flatten(0, 1))
+    action = act(obs, [0, 1, 2])[0].view(4, 3)
+    assert torch.equal(act([obs[i] for i in swap], swap)[0].view(4, 3), action[:, swap])
+    value = lambda obs: agent.critic(env.envs.joint(obs)).view(4, 3)
+    moved = [obs[0], obs[1], obs[2] + 1]
+    assert torch.equal(act(moved, [0, 1, 2])[0].view(4, 3)[:, :2], action[:, :2])
+    assert (value(moved) != value(obs)).all()
+
+
+def test_a_world_ends_and_begins_again_without_the_others(games):
+    """Worlds 0 to 3 terminate after 3 to 6 steps, those behind them are truncated after 7, world 4 is both."""
+    env = VectorEnv("notebooks.games:coded?max_steps=7&critic=own", 6, CPU)
+    before, w, starts = env.reset(3), torch.arange(6).repeat_interleave(3), set()
+    age = torch.zeros(18)
+    for _ in range(40):
+        now, _, terminated, truncated, final = env.step(torch.randint(9, (18,)))
+        age += 1
+        assert torch.equal(terminated, age >= 3 + w) and torch.equal(truncated, age >= 7)
+        assert torch.equal(final[:, 2], age) and torch.equal(final[:, 3], before[:, 3])
+        assert torch.equal(env.envs.success, (terminated & (w != 1)).float())
+        ended = terminated | truncated
+        age[ended] = 0
+        assert torch.equal(now[:, 2], age) and torch.equal(now[~ended], final[~ended])
+        assert (now[ended, 3] != final[ended, 3]).all() and (now[ended, 4] == 0).all()
+        starts |= {round(x, 6) for x in now[ended, 3].tolist()}
+        before = now
+    assert len(starts) == sum(40 // min(3 + i, 7) for i in range(6))  # no beginning is used twice
+    assert torch.equal(env.reset(3), env.reset(3)) and not torch.equal(env.reset(3), env.reset(4))
+
+
+@pytest.mark.parametrize("name", ["football?n_red_agents=1", "navigation?continuous=1", "balance", "transport",
+                                  "sampling"])  # whose resets rebuild objects
+def test_worlds_of_vmas_begin_again_as_their_observations_say(games, name):
+    env = VectorEnv(f"notebooks.games:{name}{'&' if '?' in name else '?'}max_steps=5", 4, CPU)
+    env.reset(1)
+    env.envs.game.steps += torch.arange(4)  # their episodes end one after the other
+    for _ in range(12):
+        action = torch.zeros(env.num_envs, dtype=torch.long) if env.discrete else torch.ones(env.num_envs, env.act_dim)
+        obs, reward, *_ = env.step(action)
+        scenario = env.envs.game.scenario
+        torch.testing.assert_close(obs, env.envs.joint([scenario.observation(a) for a in env.envs.game.agents]))
+        assert reward.shape == (env.num_envs, 1)
+
+
+def test_success_in_football_is_a_goal_of_the_own_team(games):
+    game = games.make_vec("football?n_blue_agents=2&n_red_agents=1", 3, CPU)
+    game.reset([0])
+    ball = game.game.scenario.ball
+    ball.state.pos = torch.tensor([[1.55, 0.0], [-1.55, 0.0], [0.0, 0.0]])
+    _, _, terminated, truncated, _ = game.step(torch.zeros(6, dtype=torch.long))
+    assert terminated.tolist() == [True] * 4 + [False] * 2 and not truncated.any()
+    assert game.success.tolist() == [1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_team_is_trained_recorded_and_cloned(games, demos, tmp_path, capsys, algo):
+    env, path = "notebooks.games:coded?max_steps=6", tmp_path / "d.npz"
+    history = ncdpo.train(config(env=env, algo=algo, total_timesteps=4 * 192, runs=str(tmp_path)))
+    run = tmp_path / f"notebooks.games_coded_max_steps_6__{algo}__1"
+    assert history["step"].tolist() == [192, 384, 576, 768]  # of two worlds of three agents
+    ended = [3 * (32 // 3), 3 * (32 // 4)]  # in the first update, by world
+    assert history["episodes"][0] == sum(ended) and history["success"][0] == pytest.approx(ended[0] / sum(ended))
+    result = ncdpo.evaluate(run, 4, "cpu")["mean action"]
+    assert result["length"].tolist() == np.repeat([3, 4, 5, 6], 3).tolist()
+    assert result["success"].tolist() == np.repeat([1, 0, 1, 1], 3).tolist()
+    assert "success 50%" in capsys.readouterr().out  # of the worlds 0 and 1, after training
+    assert demos.main(["record", str(run), str(path), "--steps", "600", "--device", "cpu"]) == 0
+    own = loaded(path)
+    assert (own["observations"].reshape(3, 200, 15)[:, :, 1] == np.arange(3)[:, None]).all()  # one after the other
+    ncdpo.train(config(env=env, algo=algo, demos=str(path), total_timesteps=0, bc_steps=20, runs=str(tmp_path)))
+    assert "201 episodes, 600 steps" in capsys.readouterr().out  # three of them cut off
+
+
+@pytest.mark.parametrize("name, words", [
+    ("footbal", "did you mean football?"), ("football?n_blue=3", "did you mean n_blue_agents?"),
+    ("football?multidiscrete_actions=1", "MultiDiscrete"), ("football?critic=both", "joint or own"),
+    ("football?max_steps=0", "max_steps"), ("football?n_blue_agents", "n_blue_agents"),
+    ("football?ai_blue_agents=1", "no agent is left"), ("simple_tag", "differ in their spaces"),
+    ("balance?continuous=1 --action-chunk 2", "--action-chunk 1"), ("missing", "pip install vmas")])
+def test_games_refuses_what_it_cannot_play(games, tmp_path, capsys, monkeypatch, name, words):
+    if name == "missing":
+        monkeypatch.setitem(sys.modules, "vmas", None)
+        monkeypatch.setitem(sys.modules, "vmas.scenarios", None)
+    name, *flags = name.split()
+    assert words in complaint(capsys, *arguments("notebooks.games:" + name, tmp_path / "runs", *flags))
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

@@ -33,8 +33,9 @@ def record(run: Path, steps: int, deterministic: bool, device: str) -> dict[str,
     if steps < 1:
         raise UserError(f"--steps must be 1 or more, not {steps}.")
     config, agent, _ = ncdpo.load_agent(run, device := ncdpo.pick_device(device))
-    N, H = min(config.num_envs, max(1, steps // 2000)), config.action_chunk  # T of 2000 leaves room for whole episodes
-    env, seed = ncdpo.VectorEnv(config.env, N, device), 2_000_003 + config.seed  # apart from training and evaluation
+    copies = min(config.num_envs, max(1, steps // 2000))  # T of 2000 leaves room for whole episodes
+    env, seed = ncdpo.VectorEnv(config.env, copies, device), 2_000_003 + config.seed  # apart from training, evaluation
+    N, H = env.num_envs, config.action_chunk  # an agent of a game counts as an environment
     torch.manual_seed(seed)
     with closing(env):
         obs, rows, used = env.reset(seed), [], torch.full((N,), H)

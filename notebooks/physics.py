@@ -168,6 +168,8 @@ def batched_task(env: gym.Env) -> Locomotion | None:
 class MujocoEnvs:
     """A MuJoCo task in batches, as ncdpo.VectorEnv wants it, without a branch on what happens in an environment."""
 
+    success = None
+
     def __init__(self, task: Locomotion, pool, num_envs: int, chunk: int, device: torch.device):
         self.task, self.chunk, self.device, self.close = task, chunk, device, task.env.close
         self.kind = "warp" if pool is WarpPool else "batched"

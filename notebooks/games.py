@@ -1,0 +1,205 @@
+"""Multi-agent games of VMAS (pip install vmas) as an environment of ncdpo.py: every agent is a row of the batch.
+
+    python ncdpo.py --env "notebooks.games:football?n_blue_agents=3&n_red_agents=1" --num-envs 64
+    python ncdpo.py --env "notebooks.games:balance?n_agents=3&continuous=1&max_steps=100&critic=own"
+
+Any scenario whose agents share their spaces will do. Behind the question mark are the scenario's own arguments and
+    max_steps     steps after which an episode is truncated [200, football 500]
+    continuous    1 for Box actions instead of Discrete ones [0]
+    critic        joint (MAPPO) or own (IPPO): whose observations the critic sees [joint]
+W worlds of G agents are N = W * G rows, row = world * G + agent, all played by one policy. An observation is the
+agent's own, which is what the policy sees (`policy_dim` columns), and then those of the others in cyclic order.
+The red team of football is played by VMAS's heuristic unless ai_red_agents=0.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib
+import inspect
+import io
+import re
+import warnings
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import parse_qsl
+
+import gymnasium as gym
+import torch
+
+DEFAULTS = {"football": dict(max_steps=500, ai_red_agents=True)}  # from end to end of its pitch an agent needs 200
+# Where an episode may end well: whether it did for an agent of a world that terminated, by the agent's `info`
+WON = {"football": lambda info: info["sparse_reward"] > 0, "balance": lambda info: info["ground_rew"] == 0,
+       **dict.fromkeys(("navigation", "transport", "reverse_transport"), lambda info: True)}
+
+
+def make_vec(name: str, num_envs: int, device: torch.device) -> Games:
+    """The game of `scenario?argument=value&...` in num_envs worlds; raises ValueError, ImportError (no vmas)."""
+    scenario, _, query = name.partition("?")
+    given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    for key, value in given.items():
+        with contextlib.suppress(ValueError, SyntaxError):  # words stay words
+            given[key] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+    return Games(scenario, num_envs, device, **{**DEFAULTS.get(scenario, {}), **given})
+
+
+def load(name: str):
+    """A scenario of VMAS by its name."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the old gym, on which VMAS is built, says that it is old
+            scenarios = importlib.import_module("vmas.scenarios")
+    except ImportError as error:
+        raise ImportError(f"games need the package {error.name}: pip install {error.name.split('.')[0]}") from None
+    known = [path.stem for path in Path(scenarios.__file__).parent.rglob("*.py") if path.stem != "__init__"]
+    if name not in known:
+        near = " or ".join(difflib.get_close_matches(name, known)) or ", ".join(sorted(known))
+        raise ValueError(f"VMAS has no scenario {name!r}; did you mean {near}?")
+    return scenarios.load(name + ".py").Scenario()
+
+
+def check_arguments(scenario, names) -> None:
+    """Raises ValueError for a name that the scenario's source never asks for: some scenarios would ignore it."""
+    source = Path(inspect.getsourcefile(type(scenario).make_world)).read_text()
+    known = re.findall(r'kwargs\.(?:pop|get)\(\s*"(\w+)"', source) + ["max_steps", "continuous", "critic"]
+    for name in names:
+        if name == "multidiscrete_actions":
+            raise ValueError("MultiDiscrete actions cannot be played: leave out multidiscrete_actions")
+        if name not in known:
+            near = " or ".join(difflib.get_close_matches(name, known)) or ", ".join(known)
+            raise ValueError(f"the scenario has no argument {name!r}; did you mean {near}?")
+
+
+def modern(space):
+    """A space of the old gym as one of Gymnasium's; raises ValueError for other than Box and Discrete."""
+    if type(space).__name__ == "Discrete":
+        return gym.spaces.Discrete(int(space.n))
+    if type(space).__name__ == "Box":
+        return gym.spaces.Box(space.low, space.high, dtype=space.dtype.type)
+    raise ValueError(f"{type(space).__name__} spaces cannot be played")
+
+
+def tensors(scenario, worlds: int) -> list:
+    """All tensors of a row for each world that a scenario and what hangs on it hold, as (container, key)."""
+    boxes, found = [vars(scenario)], []
+    seen = {id(boxes[0])}
+    for box in boxes:  # grows as we go
+        for key, value in list(box.items() if isinstance(box, dict) else enumerate(box)):
+            if isinstance(value, torch.Tensor):
+                if value.dim() and len(value) == worlds and not isinstance(box, tuple):
+                    found.append((box, key))
+            elif not isinstance(value, ModuleType):
+                inner = value if isinstance(value, (dict, list, tuple)) else getattr(value, "__dict__", None)
+                if isinstance(inner, (dict, list, tuple)) and id(inner) not in seen:
+                    seen.add(id(inner))
+                    boxes.append(inner)
+    return found
+
+
+class Games:
+    """A VMAS scenario (its name or an object) in W worlds of G agents, N = W * G rows, as ncdpo.VectorEnv wants it.
+
+    reset(seeds) -> obs (N, S);  step(action) -> obs, reward (N, 1), terminated, truncated, final_obs;  all on `device`.
+    `success` (N,) is 1 in the rows whose episode the last step ended well, or None where the scenario has no such end.
+    """
+
+    kind = "vmas"
+
+    def __init__(self, scenario, num_worlds: int, device: torch.device, critic: str = "joint", continuous: bool = False,
+                 max_steps: int = 200, **arguments):
+        scenario = load(scenario) if isinstance(scenario, str) else scenario
+        check_arguments(scenario, arguments)
+        if critic not in ("joint", "own") or not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"critic must be joint or own, not {critic!r}, and max_steps 1 or more, not {max_steps!r}")
+        from vmas.simulator.environment import Environment
+        from vmas.simulator.environment.environment import local_seed
+        self.randomness = lambda: local_seed(Environment.vmas_random_state)  # VMAS draws from a generator of its own
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the old gym on the precision of its own boxes
+            self.game = Environment(scenario, num_worlds, device, max_steps, bool(continuous),
+                                    terminated_truncated=True, **arguments)
+        self.device, self.worlds, self.agents = device, num_worlds, self.game.n_agents
+        self.num_envs = self.worlds * self.agents
+        if not self.agents:
+            raise ValueError("no agent is left to learn: leave one without a heuristic")
+        (own, *other_obs), (action, *other_actions) = self.game.observation_space, self.game.action_space
+        if any(space != own for space in other_obs) or any(space != action for space in other_actions):
+            raise ValueError("its agents differ in their spaces; one policy needs agents that share them")
+        self.action_space, self.policy_dim = modern(action), modern(own).shape[0]
+        seen = self.agents if critic == "joint" else 1
+        self.observation_space = gym.spaces.Box(-torch.inf, torch.inf, (seen * self.policy_dim,))
+        turn = torch.arange(self.agents, device=device)
+        self.order = (turn[:, None] + turn[:seen]) % self.agents  # whose observations an agent's row holds
+        held = tensors(scenario, num_worlds)
+        self.game.reset()
+        again = tensors(scenario, num_worlds)
+        # Does a reset build new lists or objects (distributions, say)? Then what it did cannot be put back
+        self.rebuilds = [(id(box), key) for box, key in held] != [(id(box), key) for box, key in again]
+        self.won = WON.get(Path(inspect.getsourcefile(type(scenario).make_world)).stem)
+        self.success = torch.zeros(self.num_envs, device=device) if self.won else None
+
+    def observe(self):
+        return self.joint([self.game.scenario.observation(agent) for agent in self.game.agents])
+
+    def joint(self, obs: list):
+        """Rows (N, S) of the agents' observations (W, own)."""
+        return torch.stack(obs, 1)[:, self.order].reshape(self.num_envs, -1)
+
+    def rows(self, world):
+        """What holds for a world (W,), for each of its agents (N,)."""
+        return world.repeat_interleave(self.agents, output_size=self.num_envs)
+
+    def reset(self, seeds: list[int]):
+        obs = self.game.reset(seed=seeds[0])
+        self.used = torch.ones(self.worlds, dtype=torch.bool, device=self.game.device)  # no beginnings in reserve
+        return self.joint(obs)
+
+    def step(self, action):
+        parts = action.view(self.worlds, self.agents, -1).unbind(1)
+        obs, reward, terminated, truncated, info = self.game.step(list(parts))
+        if self.won:
+            wins = [torch.as_tensor(self.won(x), device=terminated.device) & terminated for x in info]
+            self.success = torch.stack(wins, 1).flatten().float()
+        final_obs, reward = self.joint(obs), torch.stack(reward, 1).view(-1, 1).float()
+        obs = self.restart(terminated | truncated, final_obs)
+        return obs, reward, self.rows(terminated), self.rows(truncated), final_obs
+
+    def restart(self, ended, obs):
+        """Observations (N, S) after new episodes have begun in the worlds where `ended` (W,) is true.
+
+        VMAS begins anew either in one world, which is slow, or everywhere. Beginnings are drawn everywhere, and kept
+        until a world has used its own.
+        """
+        if not ended.any():
+            return obs
+        if self.rebuilds:
+            with self.randomness():
+                for world in ended.nonzero().flatten().tolist():
+                    self.game.scenario.env_reset_world_at(world)
+                self.first_obs = self.observe()
+        else:
+            if (ended & self.used).any():
+                self.draw_beginnings()
+            for box, key, begin in self.reserve:
+                box[key] = begin.where(ended.view(-1, *[1] * (begin.dim() - 1)), box[key])
+            self.used |= ended
+        self.game.steps.masked_fill_(ended, 0)
+        return self.first_obs.where(self.rows(ended)[:, None], obs)
+
+    def draw_beginnings(self):
+        """Reset all worlds, keep what the reset touched as `reserve`, and put everything back."""
+        before = [(box, key, box[key], box[key]._version, box[key].clone())
+                  for box, key in tensors(self.game.scenario, self.worlds)]
+        with self.randomness():
+            self.game.scenario.env_reset_world_at(None)
+            self.first_obs = self.observe()
+        self.reserve = []
+        for box, key, tensor, version, copy in before:
+            if box[key] is not tensor or tensor._version != version:  # else it is no part of how an episode begins
+                self.reserve.append((box, key, box[key].clone()))
+                box[key] = copy
+        self.used.fill_(False)
+
+    def close(self):
+        pass
