@@ -726,7 +726,7 @@ COLUMNS = ("update step seconds episodes return length success approx_kl last_kl
 
 def new_run_folder(config: Config) -> Path:
     """runs/<env>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
-    name = "__".join([re.sub("[/:?&=]", "_", config.env), config.algo, str(config.seed)])
+    name = "__".join([re.sub("[/:]", "_", config.env.split("?")[0]), config.algo, str(config.seed)])
     paths = (Path(config.runs, f"{name}-{n}" if n > 1 else name) for n in range(1, 10**6))
     run = next(path for path in paths if not path.exists())
     try:
@@ -930,9 +930,11 @@ LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at
 SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split()  # as in the run of --init-from
 MAY_CHANGE = "total_timesteps stop_at_return episodes runs checkpoint_every device vector compile".split()  # --resume
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
-    "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, init_std=0.2, gamma=0.99,
-                           gae_lambda=0.95, num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4,
-                           critic_learning_rate=1e-3, critic_warmup=4),  # whatever the task
+    "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, gamma=0.99, gae_lambda=0.95,
+                           num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4, critic_warmup=4,
+                           critic_learning_rate=1e-3,  # whatever the task; and what follows is ours: less chain noise
+                           sampling_steps=5, noise_scale=0.3, init_std=0.1, min_std=0.05, mean_log_prob=True,
+                           clip_coef=0.05),
     "Hopper": dict(num_envs=16, num_steps=128, init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95,
                    minibatch_size=256, update_epochs=10),
     "Walker2d": dict(num_envs=16, num_steps=128, init_std=0.5, min_std=0.2, gamma=0.99, gae_lambda=0.95,
