@@ -7,8 +7,8 @@
 
 Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
 (environment steps at the row's end), seconds (of wall clock until then), episodes (that ended in the row), the means
-of return and length over those episodes (empty where none ended), and the means of the diagnostics of metrics.csv over
-the row's updates (empty where the algorithm has none), which README.md explains.
+of return, length and success over those episodes (empty where none ended or the task has no success), and the means of
+the diagnostics of metrics.csv over the row's updates (empty where the algorithm has none): RESULTS.md explains them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,8 @@ import ncdpo  # noqa: E402
 
 DIAGNOSTICS = ["approx_kl", "clip_fraction", "explained_variance", "entropy", "sigma", "chain_std",
                "chain_gradient_ratio", "chain_clipped"]
-COLUMNS = ["seed", "step", "seconds", "episodes", "return", "length", *DIAGNOSTICS]
+OF_EPISODES = ["return", "length", "success"]
+COLUMNS = ["seed", "step", "seconds", "episodes", *OF_EPISODES, *DIAGNOSTICS]
 ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
 LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter"}  # of table and figure
 STYLES = {"ncdpo": dict(color="#c1272d", linestyle="-"), "ppo": dict(color="#0000a7", linestyle="--"),
@@ -47,8 +49,9 @@ def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
         weight = history["episodes"][ended]
         row = {"step": round(high), "seconds": f"{np.interp(high, history['step'], history['seconds']):.1f}",
                "episodes": int(weight.sum())}
-        for name in ("return", "length"):
-            row[name] = f"{np.average(history[name][ended], weights=weight):.5g}" if len(weight) else ""
+        for name in OF_EPISODES:
+            mean = np.average(history[name][ended], weights=weight) if len(weight) and name in history else np.nan
+            row[name] = "" if np.isnan(mean) else f"{mean:.5g}"
         for name in DIAGNOSTICS:
             x = history[name][inside]
             row[name] = f"{x.mean():.4g}" if len(x) and not np.isnan(x).any() else ""
@@ -62,10 +65,10 @@ def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], na
     {seed} in a flag becomes the seed, so that every seed can start from its own clone. Called again after an
     interruption it resumes the runs that have a checkpoint.
     """
-    runs = HERE.parent / "runs" / name
+    runs, task_name = HERE.parent / "runs" / name, re.sub("[/:]", "_", env.split("?")[0])  # as ncdpo.py names its runs
 
     def one(seed: int) -> None:
-        run, log = runs / f"{env}__{algo}__{seed}", runs / f"{env}__{algo}__{seed}.log"
+        run, log = runs / f"{task_name}__{algo}__{seed}", runs / f"{task_name}__{algo}__{seed}.log"
         if not (log.exists() and "mean action: " in log.read_text()):  # what only a finished run prints
             task = ["--env", env, "--algo", algo, "--seed", str(seed), "--runs", str(runs)]
             if run.exists():
@@ -86,7 +89,7 @@ def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], na
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for seed in seeds:
-            history = ncdpo.read_metrics(runs / f"{env}__{algo}__{seed}")
+            history = ncdpo.read_metrics(runs / f"{task_name}__{algo}__{seed}")
             writer.writerows({"seed": seed, **row} for row in thin(history))
 
 
@@ -95,7 +98,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     seeds = len({row["seed"] for row in rows})
-    return {c: np.array([float(row[c] or "nan") for row in rows]).reshape(seeds, -1) for c in COLUMNS}
+    return {c: np.array([float(row.get(c) or "nan") for row in rows]).reshape(seeds, -1) for c in COLUMNS}
 
 
 def returns(curve: dict[str, np.ndarray]) -> np.ndarray:
