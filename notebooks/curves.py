@@ -2,7 +2,7 @@
 
     python notebooks/curves.py train HalfCheetah-v4 ncdpo   # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
     python notebooks/curves.py                              # all curves/*.csv -> the table (printed) and curves.png
-    python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv
+    python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; steps: against K
     python notebooks/curves.py show runs/A runs/B           # the returns of any runs, as a picture: curve.png
 
 Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
@@ -152,13 +152,26 @@ def ratio(ours, theirs) -> tuple[float, float, float]:
 
 
 def load(folder: Path) -> dict[str, dict[str, dict]]:
-    """curves[env][line] of the files <env>__<line>.csv whose line is one of LINES."""
+    """curves[env][line] of the files <env>__<line>.csv whose line is one of LINES, perhaps with its K: ncdpo-k20."""
     curves: dict[str, dict[str, dict]] = {}
     for path in sorted(folder.glob("*__*.csv")):
-        env, _, algo = path.stem.partition("__")
-        if algo in LINES:
-            curves.setdefault(env, {})[algo] = read(path)
-    return curves
+        env, _, line = path.stem.partition("__")
+        if steps_of(line)[0] in LINES:
+            curves.setdefault(env, {})[line] = read(path)
+    order = lambda line: (list(LINES).index(steps_of(line)[0]), steps_of(line)[1])
+    return {env: {line: by_line[line] for line in sorted(by_line, key=order)} for env, by_line in curves.items()}
+
+
+def steps_of(line: str) -> tuple[str, int]:
+    """The line and K of a name such as ncdpo-k20; K is 0 if the name has none."""
+    name, _, steps = line.partition("-k")
+    return name, int(steps or 0)
+
+
+def label(line: str) -> str:
+    """What table and figure call a line."""
+    name, steps = steps_of(line)
+    return LINES[name] + (f", K = {steps}" if steps else "")
 
 
 def table(curves: dict[str, dict[str, dict]]) -> str:
@@ -166,8 +179,8 @@ def table(curves: dict[str, dict[str, dict]]) -> str:
     lines = ["| task | algorithm | seeds | final return | area under the curve | NCDPO's final / this "
              "| NCDPO's area / this | minutes a run |", "|---|---|---|---|---|---|---|---|"]
     for env, by_algo in curves.items():
-        for algo in (a for a in LINES if a in by_algo):
-            curve, cells = by_algo[algo], []
+        for algo, curve in by_algo.items():
+            cells = []
             for measure in (final, area):
                 low, high = interval(bootstrap(measure(curve)))
                 cells.append(f"{interquartile_mean(measure(curve)):.0f} [{low:.0f}, {high:.0f}]")
@@ -175,7 +188,7 @@ def table(curves: dict[str, dict[str, dict]]) -> str:
                 cells.append("" if algo == "ncdpo" or "ncdpo" not in by_algo else
                              "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(measure(by_algo["ncdpo"]), measure(curve))))
             minutes = np.median(curve["seconds"][:, -1]) / 60
-            lines.append(f"| {env} | {LINES[algo]} | {len(curve['seed'])} | {' | '.join(cells)} | {minutes:.1f} |")
+            lines.append(f"| {env} | {label(algo)} | {len(curve['seed'])} | {' | '.join(cells)} | {minutes:.1f} |")
     return "\n".join(lines)
 
 
@@ -204,6 +217,26 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str
     picture.axes[0].set_ylabel("return of training episodes")
     handles = {label: line for axes in picture.axes for line, label in zip(*axes.get_legend_handles_labels())}
     picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    return picture
+
+
+def against_steps(curves: dict[str, dict[str, dict]]):
+    """One panel a task: final returns against the number K of denoising steps, with 95% bootstrap intervals."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(4.2 * len(curves), 3.1), layout="constrained")
+    for axes, (env, by_line) in zip(picture.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        for algo in dict.fromkeys(steps_of(line)[0] for line in by_line):
+            returns = {steps_of(line)[1]: final(curve) for line, curve in by_line.items() if steps_of(line)[0] == algo}
+            middle = np.array([interquartile_mean(x) for x in returns.values()])
+            low, high = np.array([interval(bootstrap(x)) for x in returns.values()]).T
+            axes.errorbar(list(returns), middle, [middle - low, high - middle], marker="o", label=LINES[algo],
+                          capsize=3, **STYLES[algo])
+        axes.set(title=env, xlabel="denoising steps K", ylabel="final return", xscale="log", xticks=list(returns),
+                 xticklabels=list(returns))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     return picture
 
 
@@ -247,7 +280,8 @@ def main() -> None:
         print(table(curves))
         compared = {env: by_algo for env, by_algo in curves.items() if len(by_algo) > 1}
         title = "Fine-tuning" if "finetune" in line.folder else "From scratch"
-        figure(compared, title=title).savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)
+        drawn = against_steps(curves) if line.folder == "steps" else figure(compared, title=title)
+        drawn.savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)
 
 
 if __name__ == "__main__":
