@@ -2227,8 +2227,8 @@ def test_figure_against_steps_shows_final_returns_at_each_number_of_steps(curves
     assert [row.split("|")[2].strip() for row in curves.table(loaded).splitlines()[2:]] == [
         "NCDPO, K = 2", "NCDPO, K = 10", "MLP+PPO", "DPPO, K = 20"]
     del loaded["Task-v0"]["ppo"]
-    ncdpo_bars, dppo_bars = curves.against_steps(loaded).axes[0].containers
-    assert ncdpo_bars[0].get_xydata().tolist() == [[2, 3], [10, 11]] and dppo_bars[0].get_xydata().tolist() == [[20, 21]]
+    points = [bars[0].get_xydata().tolist() for bars in curves.against_steps(loaded).axes[0].containers]
+    assert points == [[[2, 3], [10, 11]], [[20, 21]]]
 
 
 def test_interquartile_mean_cuts_a_quarter_rounded_down_at_each_end(curves):
