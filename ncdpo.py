@@ -28,7 +28,7 @@ Sections: 1 noise schedule, 2 networks, 3 the noise-conditioned policy, 4 PPO (t
 math only, and can be pasted elsewhere), 5 the two baselines, 6 environments, 7 rollout, 8 demonstrations, 9 run folder,
 10 configuration and training, 11 command line.
 Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits; in section 4
-the advantage), K denoising steps, M scored decisions per action, T steps of a rollout, N environments.
+the advantage), K denoising steps that are run, M scored decisions per action, T steps of a rollout, N environments.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x, k, obs):
         """Network output (..., A) at x_k (..., A) and s (..., S); k an int, or a LongTensor of x's leading axes."""
-        seen = obs[..., :self.obs_dim]  # the critic may see more than the policy
+        seen = obs[..., :self.obs_dim]  # the critic may see more than the policy (VectorEnv.policy_dim)
         return self.net(torch.cat([x, seen, self.embedding[k].expand(*x.shape[:-1], -1)], -1))
 
 
@@ -233,7 +233,7 @@ class NCDPO(nn.Module):
                  sampling_steps: int | None = None, head: nn.Module | None = None):
         super().__init__()
         self.act_dim, self.predict, self.noise_scale = act_dim, predict, noise_scale
-        self.K = sampling_steps or steps  # that are run
+        self.K = sampling_steps or steps
         self.head = head or Gaussian(act_dim, std=0.22)
         self.schedule = Schedule(steps, predict, eta, clip, sampling_steps)
         self.denoiser = Denoiser(obs_dim, act_dim, steps, hidden, activation)
@@ -456,7 +456,7 @@ def first_line(error: BaseException) -> str:
 
 
 class VectorEnv:
-    """N copies of a task that take and give tensors on `device`.
+    """N copies of a task (of a game the agents of all worlds) that take and give tensors on `device`.
 
     reset(seed) -> obs (N, S);  step(action) -> obs, reward, terminated, truncated, final_obs
     A decision is a chunk of H actions (H = 1 unless asked for): an action is (N, H * A), a reward (N, H), NaN for steps
@@ -480,10 +480,10 @@ class VectorEnv:
         if chunk > 1 and (own or self.discrete):
             raise UserError(f"{env_id} takes one action at a time, no chunk of them: give --action-chunk 1.")
         try:
-            self.envs = own or (physics and vector != "sync" and physics.make_vec(one, num_envs, chunk, device, vector)
+            self.envs = own or (physics and vector != "sync" and physics.batched(one, num_envs, chunk, device, vector)
                                 ) or GymnasiumEnvs(env_id, num_envs, chunk)
             if vector == "warp" and self.envs.kind != "warp":
-                raise ValueError("notebooks/physics.py, beside this file, has no formulas of it")
+                raise ValueError("that needs its formulas in notebooks/physics.py, beside this file")
         except Exception as error:  # no mujoco-warp, a model that it cannot simulate, too little memory
             raise UserError(f"cannot make {num_envs} x {env_id} (--vector {vector}): {first_line(error)}; "
                             "fewer --num-envs or --vector sync may help.") from error
@@ -693,7 +693,7 @@ def clone(agent: Agent, config: Config, demos) -> None:
     held_out = torch.as_tensor(np.isin(episode, held_out), device=obs.device)
     seen, unseen = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
     optimizer = torch.optim.Adam(policy.parameters(), config.bc_learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.bc_steps)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.bc_steps)
     decay = max(0.0, 1 - 10 / config.bc_steps)  # the last tenth of the steps
     average = swa_utils.AveragedModel(policy, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
     total, every = 0.0, max(1, config.bc_steps // 20)
@@ -703,7 +703,7 @@ def clone(agent: Agent, config: Config, demos) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        cosine.step()
         average.update_parameters(policy)
         total += loss.detach()
         if step % every == 0:
@@ -725,7 +725,7 @@ COLUMNS = ("update step seconds episodes return length success approx_kl last_kl
 
 
 def new_run_folder(config: Config) -> Path:
-    """runs/<env>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
+    """runs/<env up to ?>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
     name = "__".join([re.sub("[/:]", "_", config.env.split("?")[0]), config.algo, str(config.seed)])
     paths = (Path(config.runs, f"{name}-{n}" if n > 1 else name) for n in range(1, 10**6))
     run = next(path for path in paths if not path.exists())
@@ -753,7 +753,8 @@ def load_config(run: Path) -> Config:
     try:
         return Config(**json.loads((run / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{run} is no run folder of this program, by its config.json: {first_line(error)}.") from None
+        raise UserError(f"{run} is no run folder of this version of the program, by its config.json: "
+                        f"{first_line(error)}.") from None
 
 
 def load_agent(run: Path, device: torch.device, **changed) -> tuple[Config, Agent, dict]:
@@ -788,7 +789,7 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **change
 
     "exploring" is the policy as it was trained; "mean action", the one to report, leaves out the final Gaussian (or
     takes the likeliest choice); "eta 0" leaves out all noise of the chain but x_K as well (DDIM), as policies are often
-    deployed. Each environment, always Gymnasium's, plays exactly one episode, so that short ones are not
+    deployed. Each environment, Gymnasium's or a game's, plays exactly one episode, so that short ones are not
     over-represented. `changed` are fields of Config, say sampling_steps. Returns {way: {"return", "length": arrays}},
     and "success" where the task has it. Of a game `episodes` worlds are played, and each agent has an entry.
     """
@@ -835,20 +836,20 @@ class Config:
     """Everything that decides a run; the lines below are also what --help prints. PRESETS has the tasks' own values."""
 
     # --- run
-    env: str = "HalfCheetah-v4"  # Gymnasium id of the task (Box observations; Box or Discrete actions)
+    env: str = "HalfCheetah-v4"  # Gymnasium id, or module:name of a task or game of your own
     algo: Literal["ncdpo", "ppo", "dppo"] = "ncdpo"  # what the policy is; nothing else differs
     seed: int = 1  # seed of the weights, the noise and the environments
-    total_timesteps: int = 1_000_000  # environment steps, summed over the environments
+    total_timesteps: int = 1_000_000  # environment steps, summed over the environments (or a game's agents)
     stop_at_return: float | None = None  # stop training once the mean return is this high
     episodes: int = 10  # episodes of an evaluation
     runs: str = "runs"  # folder of the run folders
     checkpoint_every: int = 10  # updates between two checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (with --no-compile)
-    vector: Literal["auto", "warp", "sync"] = "auto"  # MuJoCo in batches (on a GPU by Warp), or Gymnasium's
+    vector: Literal["auto", "warp", "sync"] = "auto"  # auto: notebooks/physics.py (on a GPU Warp) where it can
     compile: bool = True  # torch.compile of the loss, and on a GPU of acting
 
     # --- PPO
-    num_envs: int = 32  # parallel environments N
+    num_envs: int = 32  # parallel environments (of a game: worlds)
     num_steps: int = 64  # steps T of each environment in a rollout; N * T transitions make an update
     learning_rate: float = 5e-4  # of Adam, falling linearly to zero
     adaptive_lr: bool = False  # move the rate so that the last epoch's KL stays between half of --target-kl and that
@@ -910,24 +911,22 @@ class Config:
                 raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
         steps = list(filter(None, (self.scored_steps, self.finetune_steps, self.sampling_steps, self.denoising_steps)))
         if steps != sorted(steps):
-            raise UserError("--scored-steps may not exceed --finetune-steps, nor these --sampling-steps, nor these "
-                            "--denoising-steps.")
+            raise UserError(f"--scored-steps ({self.scored_steps}) may not exceed --finetune-steps "
+                            f"({self.finetune_steps}), nor these --sampling-steps ({self.sampling_steps}; 5 with "
+                            f"--demos), nor these --denoising-steps ({self.denoising_steps}).")
         if self.adaptive_lr and not self.target_kl or self.critic_warmup and not self.critic_learning_rate:
             raise UserError("--adaptive-lr needs --target-kl, and --critic-warmup needs --critic-learning-rate.")
         if self.demos and self.init_from:
             raise UserError("--demos clones a new policy, --init-from starts from an old one: leave out one of them.")
-        batch, rollout = self.num_envs * self.num_steps, f"{self.num_envs} --num-envs x {self.num_steps} --num-steps"
-        if self.minibatch_size > batch:
-            raise UserError(f"make --minibatch-size at most {batch}, the decisions of a rollout ({rollout}).")
-        if self.total_timesteps < batch * self.action_chunk and (self.total_timesteps or not self.demos):  # 0: cloning
-            raise UserError(f"make --total-timesteps at least {batch * self.action_chunk}, a rollout ({rollout} x "
-                            f"{self.action_chunk} --action-chunk).")
+        if self.minibatch_size > (batch := self.num_envs * self.num_steps):
+            raise UserError(f"make --minibatch-size at most {batch}, the decisions of a rollout ({self.num_envs} "
+                            f"--num-envs x {self.num_steps} --num-steps).")
 
 
 LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
           **dict.fromkeys("seed total_timesteps critic_warmup ent_coef vf_coef".split(), (0, math.inf)),
           **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
-SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split()  # as in the run of --init-from
+SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split()  # or its weights mean something else
 MAY_CHANGE = "total_timesteps stop_at_return episodes runs checkpoint_every device vector compile".split()  # --resume
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, gamma=0.99, gae_lambda=0.95,
@@ -1035,6 +1034,9 @@ class Trainer:
         self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far, to scale rewards
         self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # in environment (agent) steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
+        if not self.updates and (config.total_timesteps or not config.demos):  # 0: cloning alone
+            raise UserError(f"make --total-timesteps at least {self.batch_size}, a rollout ({self.env.num_envs} rows x "
+                            f"{config.num_steps} --num-steps x {config.action_chunk} --action-chunk).")
         self.rate, self.obs = config.learning_rate, self.env.reset(config.seed)  # the rate of --adaptive-lr
 
         coordinates = self.env.act_dim if config.mean_log_prob and not self.env.discrete else 1
@@ -1053,9 +1055,8 @@ class Trainer:
         """One rollout and one update; returns the row of metrics.csv."""
         start, config, left = time.perf_counter(), self.config, 1 - self.done / self.updates
         actor, *critic = self.optimizer.param_groups
-        actor["lr"] = self.rate if config.adaptive_lr else config.learning_rate * left
-        if warm_up := self.done < config.critic_warmup:
-            actor["lr"] = 0.0  # the policy's Adam only collects its moments
+        warm_up = self.done < config.critic_warmup  # the policy's Adam only collects its moments
+        actor["lr"] = 0.0 if warm_up else self.rate if config.adaptive_lr else config.learning_rate * left
         for group in critic:
             group["lr"] = config.critic_learning_rate * left
         self.obs = self.rollout.collect(self.env, self.policy, self.act, self.obs)
@@ -1124,8 +1125,8 @@ class Trainer:
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
         require_same(run, self.config, [name for name in vars(self.config) if name not in MAY_CHANGE])
-        _, agent, state = load_agent(run, self.device)
-        self.agent.load_state_dict(agent.state_dict())
+        state = load_agent(run, self.device)[2]
+        self.agent.load_state_dict(state["agent"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.seconds, self.rate = (state[name] for name in ("update", "seconds", "rate"))
         torch.manual_seed(1_000 * self.config.seed + self.done)  # an accelerator must not repeat its first noise
@@ -1173,7 +1174,8 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
                 trainer.init_from(Path(config.init_from))
             run = new_run_folder(config)
         write(run / "config.json", lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=2).encode()))
-        chain = f" (K = {config.denoising_steps}, predict {config.predict})" if config.algo != "ppo" else ""
+        steps = f"{trainer.policy.K} of {config.denoising_steps}" if config.sampling_steps else config.denoising_steps
+        chain = f" (K = {steps}, predict {config.predict})" if config.algo != "ppo" else ""
         print(f"{config.algo}{chain} on {config.env}, seed {config.seed}: {config.num_envs} environments "
               f"({trainer.env.vector}) on {trainer.device};",
               f"going on after update {trainer.done} in" if resume else "writing", run, flush=True)
@@ -1199,7 +1201,7 @@ def run_updates(trainer: Trainer, run: Path) -> None:
             with open(path, "a") as file:
                 cells = [row.get(name, "") for name in COLUMNS]
                 file.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in cells) + "\n")
-            recent += [row["return"]] * row["episodes"] if row["episodes"] else []
+            recent += [row.get("return")] * row["episodes"]
             if 20 * trainer.done // trainer.updates > 20 * (trainer.done - 1) // trainer.updates:  # each twentieth
                 pace = (time.perf_counter() - started) / (trainer.done - first)  # seconds an update
                 print(f"{row['step']:>13,} steps ({trainer.done / trainer.updates:.0%}),",
@@ -1237,14 +1239,14 @@ def documented_fields() -> dict[str, dict[str, str]]:
 def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
     """Configuration, --resume and --evaluate; the defaults are those of the task (PRESETS) or of the run folder named.
 
-    Raises UserError for a flag that would be ignored.
+    Raises UserError for a flag that this --algo would ignore.
     """
     parser = Parser(usage="python ncdpo.py [--flag value ...]", allow_abbrev=False, description=__doc__.split("\n")[0]
                     + " Defaults in brackets; a task or --demos may have its own (PRESETS).")
     kinds = typing.get_type_hints(Config)
     verbs = parser.add_mutually_exclusive_group()
-    verbs.add_argument("--resume", help="go on with this run folder; its config.json has the defaults of other flags")
-    verbs.add_argument("--evaluate", help="play this run folder: exploring, its mean action, and without chain noise")
+    verbs.add_argument("--resume", help="go on with this run folder; new may be " + ", ".join(MAY_CHANGE))
+    verbs.add_argument("--evaluate", help="play this run folder; with --episodes, --device or --sampling-steps")
     for title, fields in (groups := documented_fields()).items():
         group = parser.add_argument_group(title)
         for name, text in fields.items():
@@ -1262,7 +1264,7 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
         fresh = ("total_timesteps", "demos", "stop_at_return", "runs")
         defaults = dataclasses.replace(defaults, **{name: getattr(Config, name) for name in fresh})
     config = dataclasses.replace(defaults, **given)
-    ignored = set() if config.algo == "dppo" else set(groups["dppo alone"])
+    ignored = {"init_std"} if config.algo == "dppo" else set(groups["dppo alone"])
     if config.algo == "ppo":
         ignored |= set(groups["denoising chain of ncdpo and dppo"])
     for name in (name for name, value in given.items() if value != getattr(defaults, name)):

@@ -1777,6 +1777,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--algo", "ppo", "--denoising-steps", "3"], "--denoising-steps has no effect on --algo ppo"),
     (["--algo", "ppo", "--min-std", "0.3"], "--min-std has no effect on --algo ppo"),
     (["--scored-steps", "2"], "--scored-steps has no effect on --algo ncdpo"),
+    (["--algo", "dppo", "--init-std", "0.3"], "--init-std has no effect on --algo dppo"),
     (["--algo", "sac"], "--algo"),
     (["--momentum", "0.9"], "--momentum"),
     (["--total", "5000"], "--total"),  # an abbreviation would be guessed
@@ -2485,6 +2486,8 @@ def test_a_team_is_trained_recorded_and_cloned(games, demos, tmp_path, capsys, a
     history = ncdpo.train(config(env=env, algo=algo, total_timesteps=4 * 192, runs=str(tmp_path)))
     run = tmp_path / f"notebooks.games_coded__{algo}__1"
     assert history["step"].tolist() == [192, 384, 576, 768]  # of two worlds of three agents
+    with pytest.raises(UserError, match="at least 192"):
+        ncdpo.Trainer(config(env=env, algo=algo, total_timesteps=191))
     ended = [3 * (32 // 3), 3 * (32 // 4)]  # in the first update, by world
     assert history["episodes"][0] == sum(ended) and history["success"][0] == pytest.approx(ended[0] / sum(ended))
     result = ncdpo.evaluate(run, 4, "cpu")["mean action"]

@@ -1,4 +1,4 @@
-"""Training curves of the comparison: make them, and turn them into the table and the figure of README.md.
+"""Training curves of the comparison: make them, and turn them into the tables and figures of README and RESULTS.
 
     python notebooks/curves.py train HalfCheetah-v4 ncdpo   # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
     python notebooks/curves.py                              # all curves/*.csv -> the table (printed) and curves.png
@@ -59,13 +59,15 @@ def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
     return rows
 
 
-def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], name: str) -> None:
+def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], name: str | None) -> None:
     """Run the seeds, `jobs` at a time with one thread each, and write the CSV file; finished runs are not repeated.
 
     {seed} in a flag becomes the seed, so that every seed can start from its own clone. Called again after an
     interruption it resumes the runs that have a checkpoint.
     """
-    runs, task_name = HERE.parent / "runs" / name, re.sub("[/:]", "_", env.split("?")[0])  # as ncdpo.py names its runs
+    task_name = re.sub("[/:]", "_", env.split("?")[0])  # as ncdpo.py names its runs
+    name = name or f"{task_name}__{algo}"
+    runs = HERE.parent / "runs" / name
 
     def one(seed: int) -> None:
         run, log = runs / f"{task_name}__{algo}__{seed}", runs / f"{task_name}__{algo}__{seed}.log"
@@ -265,13 +267,13 @@ def main() -> None:
     trainer.add_argument("algo", choices=ALGORITHMS)
     trainer.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     trainer.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    trainer.add_argument("--name", help="name of the CSV file, <env>__<algo> if left out")
+    trainer.add_argument("--name", help="of the CSV file, else <env>__<algo>; each set of a game's arguments needs one")
     shower = commands.add_parser("show", help="a picture of runs")
     shower.add_argument("runs", type=Path, nargs="+", help="run folders")
     shower.add_argument("--to", default="curve.png", help="file of the picture")
     line, flags = parser.parse_known_args()
     if line.command == "train":
-        train(line.env, line.algo, line.seeds, line.jobs, flags, line.name or f"{line.env}__{line.algo}")
+        train(line.env, line.algo, line.seeds, line.jobs, flags, line.name)
     elif line.command == "show":
         picture(line.runs).savefig(line.to, dpi=120)
         print(line.to)
@@ -280,8 +282,9 @@ def main() -> None:
         print(table(curves))
         compared = {env: by_algo for env, by_algo in curves.items() if len(by_algo) > 1}
         title = "Fine-tuning" if "finetune" in line.folder else "From scratch"
-        drawn = against_steps(curves) if line.folder == "steps" else figure(compared, title=title)
-        drawn.savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)
+        if compared:
+            drawn = against_steps(curves) if line.folder == "steps" else figure(compared, title=title)
+            drawn.savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def record(run: Path, steps: int, deterministic: bool, device: str) -> dict[str,
             action, used = plan[range(N), used], used + 1
             after, reward, terminated, truncated, _ = env.step(action)
             used[(terminated | truncated).cpu()] = H  # a new episode asks for a new chunk
-            played = action + env.offset if env.discrete else env.center + env.scale * action.clamp(-1, 1)
+            played = action + env.offset if env.discrete else env.center.cpu() + env.scale.cpu() * action.clamp(-1, 1)
             rows.append([x.cpu().numpy() for x in (obs, played, reward[:, 0], terminated, truncated)])
             obs = after
     return dict(zip(DEMO_KEYS, (np.stack(column, 1) for column in zip(*rows))))

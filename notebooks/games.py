@@ -114,7 +114,7 @@ class Games:
             raise ValueError(f"critic must be joint or own, not {critic!r}, and max_steps 1 or more, not {max_steps!r}")
         from vmas.simulator.environment import Environment
         from vmas.simulator.environment.environment import local_seed
-        self.randomness = lambda: local_seed(Environment.vmas_random_state)  # VMAS draws from a generator of its own
+        self.randomness = lambda: local_seed(Environment.vmas_random_state)  # on a CPU VMAS has a generator of its own
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the old gym on the precision of its own boxes
             self.game = Environment(scenario, num_worlds, device, max_steps, bool(continuous),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 
-def make_vec(env: gym.Env, num_envs: int, chunk: int, device: torch.device, vector: str = "auto") -> MujocoEnvs | None:
+def batched(env: gym.Env, num_envs: int, chunk: int, device: torch.device, vector: str = "auto") -> MujocoEnvs | None:
     """N copies of a task made by gym.make, or None if only Gymnasium can serve it; `vector` "warp" asks for Warp."""
     task = batched_task(env)
     warp = vector == "warp" or device.type == "cuda" and importlib.util.find_spec("mujoco_warp")
@@ -103,14 +103,14 @@ class WarpPool:
 class Locomotion:
     """Gymnasium's formulas over a pool `p`: forward velocity plus health minus control cost.
 
-    All constants are read from Gymnasium's object `env`; `limit` is the number of steps of an episode. `hidden` of the
+    All constants are read from Gymnasium's object `env`; `limit` is the number of steps of an episode. `unseen` of the
     positions are not observed, velocities up to `top_speed`; the noise of the first velocities is uniform or `normal`.
     """
 
-    def __init__(self, env: gym.Env, limit: float, hidden: int, normal=False, top_speed=math.inf, height=1, fields=()):
+    def __init__(self, env: gym.Env, limit: float, unseen: int, normal=False, top_speed=math.inf, height=1, fields=()):
         self.env, self.limit, self.v4, self.fields = env, limit, type(env).__module__.endswith("v4"), fields
         self.normal, self.top_speed, self.height = normal, top_speed, height
-        self.hidden = hidden * env._exclude_current_positions_from_observation
+        self.unseen = unseen * env._exclude_current_positions_from_observation
         self.first = torch.from_numpy(env.init_qpos), torch.from_numpy(env.init_qvel)
 
     def start(self, p, random: torch.Generator):
@@ -127,7 +127,7 @@ class Locomotion:
         return p.qpos[:, 0]
 
     def obs(self, p):
-        return torch.cat([p.qpos[:, self.hidden:], p.qvel.clamp(-self.top_speed, self.top_speed)], 1).float()
+        return torch.cat([p.qpos[:, self.unseen:], p.qvel.clamp(-self.top_speed, self.top_speed)], 1).float()
 
     def healthy(self, p):
         """Whether each environment may go on (N,); where a task has no such range, all may."""
@@ -144,9 +144,9 @@ class Locomotion:
         return reward + getattr(env, "_healthy_reward", 0) * paid, ~healthy & ends
 
 
-TASKS = {"half_cheetah": dict(hidden=1, normal=True), "hopper": dict(hidden=1, top_speed=10),
-         "walker2d": dict(hidden=1, top_speed=10), "swimmer": dict(hidden=2),
-         "ant": dict(hidden=2, normal=True, height=2, fields=("xpos",))}
+TASKS = {"half_cheetah": dict(unseen=1, normal=True), "hopper": dict(unseen=1, top_speed=10),
+         "walker2d": dict(unseen=1, top_speed=10), "swimmer": dict(unseen=2),
+         "ant": dict(unseen=2, normal=True, height=2, fields=("xpos",))}
 
 
 def batched_task(env: gym.Env) -> Locomotion | None:

@@ -46,7 +46,7 @@ def simulate(env: ncdpo.VectorEnv, steps: int):
 def measure(config: ncdpo.Config) -> tuple[float, float, float]:
     """Environment steps a second of the simulator alone and of training; peak memory in GiB, NaN without a GPU."""
     trainer = ncdpo.Trainer(config)
-    device, steps = trainer.device, config.num_envs * config.num_steps
+    device, steps = trainer.device, trainer.env.num_envs * config.num_steps
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     alone = steps / best(simulate(trainer.env, config.num_steps), device)
