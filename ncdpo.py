@@ -578,12 +578,11 @@ class GymnasiumEnvs:
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.envs.step(action.numpy().astype(self.dtype, copy=False))
-        now = final_obs = self._tensor(obs)
-        if "final_obs" in info:
-            obs, ended = obs.copy(), terminated | truncated
-            obs[ended] = np.stack(info["final_obs"][ended])
-            final_obs = self._tensor(obs)
-        return now, self._tensor(reward), torch.as_tensor(terminated), torch.as_tensor(truncated), final_obs
+        final_obs, ended = obs.copy(), terminated | truncated
+        if ended.any():
+            final_obs[ended] = np.stack(info["final_obs"][ended])
+        obs, reward, final_obs = map(self._tensor, (obs, reward, final_obs))
+        return obs, reward, torch.as_tensor(terminated), torch.as_tensor(truncated), final_obs
 
     def _tensor(self, array):
         return torch.as_tensor(array.reshape(self.shape), dtype=torch.float32)
@@ -1027,9 +1026,8 @@ class Trainer:
         self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector, config.action_chunk)
         self.agent = Agent(config, *self.env.spaces).to(self.device)
         self.policy, self.critic = self.agent.policy, self.agent.critic
-        parts = [self.policy, self.critic] if config.critic_learning_rate else [self.agent]
-        groups = [[p for p in part.parameters() if p.requires_grad] for part in parts]  # each is clipped by itself
-        self.optimizer = torch.optim.Adam([{"params": group} for group in groups], eps=1e-5, fused=True)
+        parts = [self.policy, self.critic] if config.critic_learning_rate else [self.agent]  # each clipped by itself
+        self.optimizer = torch.optim.Adam([{"params": part.parameters()} for part in parts], eps=1e-5, fused=True)
         self.rollout = Rollout(config.num_steps, self.env)
         self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far, to scale rewards
         self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # in environment (agent) steps
@@ -1169,10 +1167,9 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
         demos = load_demos(config.demos, trainer.env) if config.demos and not resume else None
         if resume:
             trainer.resume(run)
-        else:
-            if config.init_from:
-                trainer.init_from(Path(config.init_from))
-            run = new_run_folder(config)
+        elif config.init_from:
+            trainer.init_from(Path(config.init_from))
+        run = run if resume else new_run_folder(config)
         write(run / "config.json", lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=2).encode()))
         steps = f"{trainer.policy.K} of {config.denoising_steps}" if config.sampling_steps else config.denoising_steps
         chain = f" (K = {steps}, predict {config.predict})" if config.algo != "ppo" else ""
