@@ -616,7 +616,7 @@ class Rollout:
         return obs
 
     def finished(self):
-        """Return, length and perhaps success of the episodes that ended, (episodes, 2 or 3); to be called once."""
+        """Return, length and perhaps success of the episodes that ended, (episodes, 2 or 3); call once a rollout."""
         ended, reward = self.ended.cpu(), self.reward.cpu().double()
         parts = [reward.nansum(-1), reward.isfinite().sum(-1)] + ([] if self.success is None else [self.success.cpu()])
         sums, self.so_far = discounted_sums(torch.stack(parts, -1), ended[..., None], self.so_far, gamma=1.0)
@@ -917,16 +917,14 @@ class Config:
             raise UserError("--adaptive-lr needs --target-kl, and --critic-warmup needs --critic-learning-rate.")
         if self.demos and self.init_from:
             raise UserError("--demos clones a new policy, --init-from starts from an old one: leave out one of them.")
-        if self.minibatch_size > (batch := self.num_envs * self.num_steps):
-            raise UserError(f"make --minibatch-size at most {batch}, the decisions of a rollout ({self.num_envs} "
-                            f"--num-envs x {self.num_steps} --num-steps).")
 
 
 LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
           **dict.fromkeys("seed total_timesteps critic_warmup ent_coef vf_coef".split(), (0, math.inf)),
           **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
-SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split()  # or its weights mean something else
-MAY_CHANGE = "total_timesteps stop_at_return episodes runs checkpoint_every device vector compile".split()  # --resume
+# What --init-from shares with the run that it names, whose weights would mean something else; what --resume may change
+SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split()
+MAY_CHANGE = "total_timesteps stop_at_return episodes runs checkpoint_every device vector compile".split()
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, gamma=0.99, gae_lambda=0.95,
                            num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4, critic_warmup=4,
@@ -1030,7 +1028,11 @@ class Trainer:
         self.optimizer = torch.optim.Adam([{"params": part.parameters()} for part in parts], eps=1e-5, fused=True)
         self.rollout = Rollout(config.num_steps, self.env)
         self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far, to scale rewards
-        self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # in environment (agent) steps
+        decisions = self.env.num_envs * config.num_steps  # of a rollout; a game has several agents an environment
+        if config.minibatch_size > decisions:
+            raise UserError(f"make --minibatch-size at most {decisions}, the decisions of a rollout "
+                            f"({self.env.num_envs} rows x {config.num_steps} --num-steps).")
+        self.batch_size = decisions * config.action_chunk  # in environment steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         if not self.updates and (config.total_timesteps or not config.demos):  # 0: cloning alone
             raise UserError(f"make --total-timesteps at least {self.batch_size}, a rollout ({self.env.num_envs} rows x "

@@ -2486,8 +2486,10 @@ def test_a_team_is_trained_recorded_and_cloned(games, demos, tmp_path, capsys, a
     history = ncdpo.train(config(env=env, algo=algo, total_timesteps=4 * 192, runs=str(tmp_path)))
     run = tmp_path / f"notebooks.games_coded__{algo}__1"
     assert history["step"].tolist() == [192, 384, 576, 768]  # of two worlds of three agents
-    with pytest.raises(UserError, match="at least 192"):
-        ncdpo.Trainer(config(env=env, algo=algo, total_timesteps=191))
+    for wrong, words in (dict(total_timesteps=191), "at least 192"), (dict(minibatch_size=193), "at most 192"):
+        with pytest.raises(UserError, match=words):
+            ncdpo.Trainer(config(env=env, algo=algo, **wrong))
+    ncdpo.Trainer(config(env=env, algo=algo, minibatch_size=192))  # all of its agents' decisions, not its worlds'
     ended = [3 * (32 // 3), 3 * (32 // 4)]  # in the first update, by world
     assert history["episodes"][0] == sum(ended) and history["success"][0] == pytest.approx(ended[0] / sum(ended))
     result = ncdpo.evaluate(run, 4, "cpu")["mean action"]

@@ -205,13 +205,13 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str
     """One panel a task: the return of all algorithms against environment steps ("step") or wall clock ("seconds")."""
     from matplotlib.figure import Figure
 
-    unit, label = {"step": (1e6, "million environment steps"), "seconds": (60, "minutes of wall clock")}[against]
+    unit, name = {"step": (1e6, "million environment steps"), "seconds": (60, "minutes of wall clock")}[against]
     picture = Figure(figsize=(3.6 * len(curves), 3.1), layout="constrained")
     for axes, (env, by_algo) in zip(picture.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for algo in (a for a in LINES if a in by_algo):
             curve = by_algo[algo]
             band(axes, np.median(curve[against], 0) / unit, returns(curve), label=LINES[algo], **STYLES[algo])
-        axes.set(title=env, xlabel=label)
+        axes.set(title=env, xlabel=name)
         axes.grid(alpha=0.3)
     seeds = sorted({len(curve["seed"]) for by_algo in curves.values() for curve in by_algo.values()})
     seeds = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
@@ -229,13 +229,13 @@ def against_steps(curves: dict[str, dict[str, dict]]):
     picture = Figure(figsize=(4.2 * len(curves), 3.1), layout="constrained")
     for axes, (env, by_line) in zip(picture.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for algo in dict.fromkeys(steps_of(line)[0] for line in by_line):
-            returns = {steps_of(line)[1]: final(curve) for line, curve in by_line.items() if steps_of(line)[0] == algo}
-            middle = np.array([interquartile_mean(x) for x in returns.values()])
-            low, high = np.array([interval(bootstrap(x)) for x in returns.values()]).T
-            axes.errorbar(list(returns), middle, [middle - low, high - middle], marker="o", label=LINES[algo],
+            ends = {steps_of(line)[1]: final(curve) for line, curve in by_line.items() if steps_of(line)[0] == algo}
+            middle = np.array([interquartile_mean(x) for x in ends.values()])
+            low, high = np.array([interval(bootstrap(x)) for x in ends.values()]).T
+            axes.errorbar(list(ends), middle, [middle - low, high - middle], marker="o", label=LINES[algo],
                           capsize=3, **STYLES[algo])
-        axes.set(title=env, xlabel="denoising steps K", ylabel="final return", xscale="log", xticks=list(returns),
-                 xticklabels=list(returns))
+        axes.set(title=env, xlabel="denoising steps K", ylabel="final return", xscale="log", xticks=list(ends),
+                 xticklabels=list(ends))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
