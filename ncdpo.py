@@ -323,15 +323,16 @@ def clipped_objective(log_ratio, A, clip):
 
 
 def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, clip_coef: float = 0.2,
-             vf_coef: float = 0.5, ent_coef: float = 0.0, coordinates: int = 1):
+             vf_coef: float = 0.5, ent_coef: float = 0.0, coordinates: int = 1, norm_adv: bool = True):
     """PPO's loss on a minibatch and a dictionary of diagnostics.
 
     obs (B, S) normalised; action and latent (NCDPO's omega) as policy.act gave them, log_prob their log-likelihood
     then; advantage, and target for the critic, (B,). The log ratio may be averaged over an action's `coordinates`.
+    Advantages are made standard within the minibatch unless that was done before (norm_adv=False).
     """
     new_log_prob, entropy = policy.evaluate(obs, action, latent)
     log_ratio = (new_log_prob - log_prob) / coordinates  # one for each decision (E11)
-    A = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    A = (advantage - advantage.mean()) / (advantage.std() + 1e-8) if norm_adv else advantage
     gain, kl, clipped = getattr(policy, "objective", clipped_objective)(log_ratio, A, clip_coef)
     value_loss, entropy = 0.5 * (critic(obs).squeeze(-1) - target).square().mean(), entropy.mean()
     loss = -gain + vf_coef * value_loss - ent_coef * entropy
@@ -854,7 +855,7 @@ class Config:
     adaptive_lr: bool = False  # move the rate so that the last epoch's KL stays between half of --target-kl and that
     gamma: float = 0.98  # discount of rewards
     gae_lambda: float = 0.92  # lambda of generalised advantage estimation
-    minibatch_size: int = 512  # transitions in a minibatch; a remainder smaller than that is left out of the epoch
+    minibatch_size: int = 512  # transitions in a minibatch, at most a rollout; an epoch leaves out the remainder
     update_epochs: int = 5  # passes over each rollout
     clip_coef: float = 0.2  # clip of the likelihood ratio (E12)
     ent_coef: float = 0.0  # weight of the entropy bonus (no effect on DPPO's Box actions, whose sigma is fixed)
@@ -919,12 +920,14 @@ class Config:
             raise UserError("--demos clones a new policy, --init-from starts from an old one: leave out one of them.")
 
 
-LIMITS = {"minibatch_size": (2, math.inf), "denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
+LIMITS = {"denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
+          **dict.fromkeys(("minibatch_size", "num_steps"), (2, math.inf)),
           **dict.fromkeys("seed total_timesteps critic_warmup ent_coef vf_coef".split(), (0, math.inf)),
           **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
-# What --init-from shares with the run that it names, whose weights would mean something else; what --resume may change
+# What --init-from shares with the run that it names, whose weights would mean something else; what the verbs may change
 SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split()
-MAY_CHANGE = "total_timesteps stop_at_return episodes runs checkpoint_every device vector compile".split()
+MAY_CHANGE = {"resume": "total_timesteps stop_at_return episodes runs checkpoint_every device vector compile".split(),
+              "evaluate": "episodes device sampling_steps".split()}
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, gamma=0.99, gae_lambda=0.95,
                            num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4, critic_warmup=4,
@@ -1028,11 +1031,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam([{"params": part.parameters()} for part in parts], eps=1e-5, fused=True)
         self.rollout = Rollout(config.num_steps, self.env)
         self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far, to scale rewards
-        decisions = self.env.num_envs * config.num_steps  # of a rollout; a game has several agents an environment
-        if config.minibatch_size > decisions:
-            raise UserError(f"make --minibatch-size at most {decisions}, the decisions of a rollout "
-                            f"({self.env.num_envs} rows x {config.num_steps} --num-steps).")
-        self.batch_size = decisions * config.action_chunk  # in environment steps
+        self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # in environment steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         if not self.updates and (config.total_timesteps or not config.demos):  # 0: cloning alone
             raise UserError(f"make --total-timesteps at least {self.batch_size}, a rollout ({self.env.num_envs} rows x "
@@ -1124,7 +1123,6 @@ class Trainer:
 
     def resume(self, run: Path) -> None:
         """Go on from a run's checkpoint, with new episodes (seeded by how far it had come)."""
-        require_same(run, self.config, [name for name in vars(self.config) if name not in MAY_CHANGE])
         state = load_agent(run, self.device)[2]
         self.agent.load_state_dict(state["agent"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -1139,7 +1137,9 @@ class Trainer:
     def init_from(self, run: Path) -> None:
         """Start from another run's policy, critic and normalisers; NCDPO and DPPO can start from one another's."""
         config, before = self.config, load_config(run)
-        require_same(run, config, SAME_POLICY + ["finetune_steps", "sampling_steps"] * bool(before.finetune_steps))
+        for name in SAME_POLICY + ["finetune_steps", "sampling_steps"] * bool(before.finetune_steps):
+            if (was := getattr(before, name)) != getattr(config, name):
+                raise UserError(f"{run} was trained with {name} = {was}: leave out --{name.replace('_', '-')}.")
         if before.algo != config.algo and "ppo" in (before.algo, config.algo):
             raise UserError(f"{run} was trained by {before.algo}, whose network is not that of {config.algo}.")
         source = load_agent(run, self.device)[1]
@@ -1150,19 +1150,11 @@ class Trainer:
         self.agent.load_state_dict(source.state_dict())
 
 
-def require_same(run: Path, config: Config, names: list[str]) -> None:
-    """Raises UserError where the configuration of a run differs from ours in one of `names`."""
-    before = load_config(run)
-    for name in names:
-        if (was := getattr(before, name)) != (now := getattr(config, name)):
-            raise UserError(f"{run} was trained with {name} = {was}, so it cannot go on with {now}: leave "
-                            f"out --{name.replace('_', '-')}, or start a new run.")
-
-
 def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndarray]:
     """Train, and return the history: one array per column of metrics.csv, one entry per update.
 
-    Writes a new run folder, or goes on in the folder `resume`, where only the episodes start anew. Raises UserError.
+    Writes a new run folder; or goes on in the folder `resume`, where only the episodes start anew and `config` is that
+    folder's but for MAY_CHANGE. Raises UserError.
     """
     trainer, run = Trainer(config), Path(resume or "")
     with closing(trainer.env):
@@ -1244,8 +1236,8 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
                     + " Defaults in brackets; a task or --demos may have its own (PRESETS).")
     kinds = typing.get_type_hints(Config)
     verbs = parser.add_mutually_exclusive_group()
-    verbs.add_argument("--resume", help="go on with this run folder; new may be " + ", ".join(MAY_CHANGE))
-    verbs.add_argument("--evaluate", help="play this run folder; with --episodes, --device or --sampling-steps")
+    verbs.add_argument("--resume", help="go on with this run folder; new may be " + ", ".join(MAY_CHANGE["resume"]))
+    verbs.add_argument("--evaluate", help="play this run folder; new may be " + ", ".join(MAY_CHANGE["evaluate"]))
     for title, fields in (groups := documented_fields()).items():
         group = parser.add_argument_group(title)
         for name, text in fields.items():
@@ -1268,8 +1260,8 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
         ignored |= set(groups["denoising chain of ncdpo and dppo"])
     for name in (name for name, value in given.items() if value != getattr(defaults, name)):
         flag = "--" + name.replace("_", "-")
-        if evaluate and name not in ("episodes", "device", "sampling_steps"):
-            raise UserError(f"a saved run is played as it was trained: leave out {flag}.")
+        if (resume or evaluate) and name not in MAY_CHANGE["resume" if resume else "evaluate"]:
+            raise UserError(f"{run} was trained with {name} = {getattr(defaults, name)}: leave out {flag}.")
         if name in ignored:
             raise UserError(f"{flag} has no effect on --algo {config.algo}: leave it out.")
     return config, resume, evaluate

@@ -598,6 +598,7 @@ def test_update_takes_whole_minibatches_in_a_new_order_each_epoch_and_clips_each
     assert all(len(set(epoch)) == 100 and epoch != sorted(epoch) for epoch in epochs) and epochs[0] != epochs[1]
     assert (v, w) == pytest.approx((-0.5 * 6, -0.5 * 6)) and row["grad_norm"] == pytest.approx(100)
     assert row["taken"] == pytest.approx(np.mean([min(pick) for pick in picks]))  # the mean over all minibatches
+    assert [len(pick) for pick in descend(100, epochs=2, minibatch_size=300)[0]] == [100] * 2  # all there is
 
 
 @pytest.mark.parametrize("kl, minibatches", [(0.03, 8), (0.06, 2)])
@@ -1765,7 +1766,6 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--env", "TinyUnbounded-v0"], "bounded one-dimensional Box"),
     (["--denoising-steps", "0"], "--denoising-steps"),
     (["--denoising-steps", "101"], "100"),
-    (["--minibatch-size", "4096"], "at most 2048"),
     (["--total-timesteps", "100"], "--total-timesteps"),
     (["--num-envs", "many"], "--num-envs"),
     (["--episodes", "0"], "--episodes"),
@@ -1773,7 +1773,8 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--demos", "some.npz"], "give --action-chunk 1"),  # the preset's 4 are for Box actions
     (["--env", "TinyBox-v0", "--action-chunk", "2", "--total-timesteps", "2048"], "at least 4096"),
     (["--algo", "dppo", "--scored-steps", "6"], "--denoising-steps"),
-    (["--num-envs", "2", "--num-steps", "1", "--minibatch-size", "1", "--total-timesteps", "2"], "--minibatch-size"),
+    (["--num-envs", "2", "--minibatch-size", "1", "--total-timesteps", "64"], "--minibatch-size"),
+    (["--num-envs", "1", "--num-steps", "1", "--total-timesteps", "64"], "--num-steps"),  # nothing to normalise by
     (["--algo", "ppo", "--denoising-steps", "3"], "--denoising-steps has no effect on --algo ppo"),
     (["--algo", "ppo", "--min-std", "0.3"], "--min-std has no effect on --algo ppo"),
     (["--scored-steps", "2"], "--scored-steps has no effect on --algo ncdpo"),
@@ -1833,15 +1834,15 @@ def test_a_damaged_run_is_told_in_one_line(run, capsys, flag, damage):
 def test_resume_refuses_another_task_or_policy_or_chain(run, capsys, flags):
     """Also where the weights would fit: a run must not silently become another one."""
     before, flag = contents(run), flags[0].replace("--no-", "--")
-    assert f"leave out {flag}," in complaint(capsys, "--resume", run, "--total-timesteps", "4096", *flags)
+    assert f"leave out {flag}." in complaint(capsys, "--resume", run, "--total-timesteps", "4096", *flags)
     assert contents(run) == before
 
 
-def test_resume_refuses_another_floor_or_number_of_scored_steps_of_dppo(tmp_path):
+def test_resume_refuses_another_floor_or_number_of_scored_steps_of_dppo(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(vars(config(algo="dppo"))))
     for name, value in dict(min_std=0.3, scored_steps=2).items():
-        with pytest.raises(UserError, match="leave out --" + name.replace("_", "-")):
-            ncdpo.Trainer(config(algo="dppo", **{name: value})).resume(tmp_path)
+        flag = "--" + name.replace("_", "-")
+        assert f"leave out {flag}." in complaint(capsys, "--resume", tmp_path, flag, value)
 
 
 def test_resume_refuses_a_finished_run_and_another_verb(run, capsys):
@@ -2340,10 +2341,11 @@ def test_readme_is_short_and_names_only_flags_files_and_functions_that_exist():
     assert len(lines) <= 170 and max(map(len, lines)) <= 120
     sources = [path.read_text() for path in (HERE / "ncdpo.py", *sorted((HERE / "notebooks").glob("*.py")))]
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ncdpo.Config)} | {"--help"}
+    others = {"--checkpoint-chain", "--standalone", "--nproc-per-node"}  # one is gone, and said so; two are torchrun's
     flags |= {"--no-" + flag[2:] for flag in flags} | set(re.findall(r'add_argument\("(--[\w-]+)"', "".join(sources)))
     for path in (README, RESULTS):
         text = path.read_text()
-        wrong = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - flags - {"--checkpoint-chain"}  # gone, and said so
+        wrong = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - flags - others
         assert not wrong, (path.name, wrong)
         for link in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert (path.parent / link).exists(), (path.name, link)
@@ -2486,10 +2488,8 @@ def test_a_team_is_trained_recorded_and_cloned(games, demos, tmp_path, capsys, a
     history = ncdpo.train(config(env=env, algo=algo, total_timesteps=4 * 192, runs=str(tmp_path)))
     run = tmp_path / f"notebooks.games_coded__{algo}__1"
     assert history["step"].tolist() == [192, 384, 576, 768]  # of two worlds of three agents
-    for wrong, words in (dict(total_timesteps=191), "at least 192"), (dict(minibatch_size=193), "at most 192"):
-        with pytest.raises(UserError, match=words):
-            ncdpo.Trainer(config(env=env, algo=algo, **wrong))
-    ncdpo.Trainer(config(env=env, algo=algo, minibatch_size=192))  # all of its agents' decisions, not its worlds'
+    with pytest.raises(UserError, match="at least 192"):
+        ncdpo.Trainer(config(env=env, algo=algo, total_timesteps=191))
     ended = [3 * (32 // 3), 3 * (32 // 4)]  # in the first update, by world
     assert history["episodes"][0] == sum(ended) and history["success"][0] == pytest.approx(ended[0] / sum(ended))
     result = ncdpo.evaluate(run, 4, "cpu")["mean action"]
@@ -2531,6 +2531,122 @@ def test_ncdpo_learns_cartpole(tmp_path, capsys):
 def run_python(folder, *command, **environment):
     environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1", **environment}
     return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+# Several processes, by notebooks/parallel.py
+
+SHARED = dict(env="Hopper-v4", num_envs=4, num_steps=24, minibatch_size=96, total_timesteps=192, update_epochs=3)
+ONE_UPDATE = """
+import os, sys, torch
+import ncdpo
+from notebooks import parallel
+from torch import distributed
+settings, folder = ncdpo.Config(**eval(sys.argv[1])), sys.argv[2]
+if parallel.WORLD:
+    distributed.init_process_group()
+trainer, mine = (parallel.SharedTrainer if parallel.WORLD else ncdpo.Trainer)(settings), slice(None)
+if parallel.WORLD:
+    mine = slice(2 * parallel.RANK, 2 * parallel.RANK + 2)
+    trainer.join()
+    for name, x in torch.load(folder + "/played.pt").items():
+        setattr(trainer.rollout, name, x[:, mine])
+else:
+    trainer.rollout.collect(trainer.env, trainer.policy, trainer.act, trainer.obs)
+    torch.save({name: x for name, x in vars(trainer.rollout).items() if torch.is_tensor(x)}, folder + "/played.pt")
+trainer.rollout.collect = lambda *given: None
+row = {name: float(x) for name, x in trainer.iterate().items() if not name.startswith("seconds")}
+torch.save((row, trainer.agent.state_dict()), f"{folder}/{parallel.WORLD}_{parallel.RANK}.pt")
+os._exit(0)
+"""
+
+
+def torchrun(processes, *line, **more):
+    """Start a script by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *line]
+    return subprocess.Popen([str(word) for word in command], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE)),
+                            **more)
+
+
+def parallel(processes, *flags):
+    """Exit code, output and the program's own complaints of notebooks/parallel.py in several processes."""
+    return ended(torchrun(processes, "notebooks/parallel.py", *flags))
+
+
+def ended(process):
+    out, err = process.communicate(timeout=300)
+    print(err)  # pytest shows it where a test fails
+    return process.returncode, out, [line for line in err.splitlines() if line.startswith("ncdpo:")]
+
+
+@pytest.mark.parametrize("given", [dict(algo="ncdpo"), dict(algo="dppo", target_kl=1e-9)], ids=str)
+def test_two_processes_with_half_of_the_environments_each_take_the_step_of_one_with_all(tmp_path, given):
+    """Gradients, advantages' scale, clip, normalisers, the KL that ends the epochs, metrics: the minibatch is all."""
+    (tmp_path / "script.py").write_text(ONE_UPDATE)
+    settings = dataclasses.asdict(config(**SHARED, **given))
+    line = [str(tmp_path / "script.py"), repr(settings), str(tmp_path)]
+    assert run_python(tmp_path, *line, PYTHONPATH=str(HERE)).returncode == 0
+    assert ended(torchrun(2, *line))[0] == 0
+    (row, alone), *both = (torch.load(tmp_path / name) for name in ("0_0.pt", "2_0.pt", "2_1.pt"))
+    before = ncdpo.Trainer(config(**SHARED, **given)).agent.state_dict()
+    for name, tensor in alone.items():
+        assert torch.equal(both[0][1][name], both[1][1][name])  # bit by bit
+        torch.testing.assert_close(both[0][1][name], tensor, rtol=2e-4, atol=2e-6)
+        assert not torch.equal(before[name], tensor) or "log_std" in name
+    for name in set(row) - {"chain_std", "chain_gradient_ratio", "chain_clipped", "explained_variance"}:  # one's own
+        assert both[0][0][name] == both[1][0][name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
+
+
+FEW = ["--env", "Hopper-v4", "--num-envs", 4, "--num-steps", 32, "--minibatch-size", 64, "--hidden", 16, "--no-compile",
+       "--device", "cpu", "--episodes", 1, "--checkpoint-every", 1]
+
+
+def test_torchrun_writes_one_run_and_any_number_of_processes_resumes_it(tmp_path):
+    code, out, mistakes = parallel(2, *FEW, "--total-timesteps", 512, "--runs", tmp_path)
+    assert (code, mistakes) == (0, []) and out.count("writing") == out.count("mean action") == 1
+    run, = tmp_path.iterdir()
+    weights = lambda: torch.load(run / "checkpoint.pt")["agent"]["critic.0.weight"]
+    before = weights()
+    code, out, mistakes = parallel(4, "--resume", run, "--total-timesteps", 768)
+    assert (code, mistakes) == (0, []) and [int(row["step"]) for row in rows_of(run)] == list(range(128, 769, 128))
+    assert not torch.equal(before, weights())
+
+
+def test_processes_play_different_episodes_with_different_noise(tmp_path):
+    (tmp_path / "script.py").write_text(ONE_UPDATE.split("if parallel.WORLD:\n    mine")[0] + """
+trainer.join()
+trainer.rollout.collect(trainer.env, trainer.policy, trainer.act, trainer.obs)
+torch.save([trainer.rollout.obs, trainer.rollout.action], f"{folder}/{parallel.RANK}.pt")
+os._exit(0)
+""")
+    settings = dataclasses.asdict(config(**SHARED))
+    assert ended(torchrun(2, tmp_path / "script.py", repr(settings), tmp_path))[0] == 0
+    for ours, theirs in zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))):
+        assert not torch.isin(ours, theirs).any()
+
+
+@pytest.mark.parametrize("flags, words", [(["--num-envs", 5], "multiples of 2"), (["--resume", "nowhere"], "nowhere")])
+def test_a_mistake_is_told_once_by_all_processes(tmp_path, flags, words):
+    code, _, mistakes = parallel(2, *(FEW if flags[0] != "--resume" else ()), *flags, "--runs", tmp_path)
+    assert code and len(mistakes) == 1 and words in mistakes[0] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
+@pytest.mark.parametrize("victim", ["the second", "all"])
+def test_a_dead_process_or_ctrl_c_ends_all_with_one_sentence_and_keeps_the_checkpoint(tmp_path, victim):
+    process = torchrun(2, "notebooks/parallel.py", *FEW, "--total-timesteps", 10**8, "--runs", tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not list(tmp_path.glob("*/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    if victim == "all":
+        process.send_signal(signal.SIGINT)
+    else:
+        os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
+    code, _, mistakes = ended(process)
+    run, = tmp_path.iterdir()
+    assert code and (run / "checkpoint.pt").is_file() and len(mistakes) <= 1  # torchrun may be faster
+    assert all(f"--resume {run}" in line for line in mistakes)
 
 
 def test_import_prints_and_writes_nothing_and_needs_neither_mujoco_nor_matplotlib(tmp_path):

@@ -1,0 +1,113 @@
+"""Train in several processes of torchrun: on all GPUs of a machine (or of several), or on the cores of a CPU.
+
+    torchrun --standalone --nproc-per-node 2 notebooks/parallel.py --env HalfCheetah-v4     # flags as of ncdpo.py
+
+Each process plays its share of --num-envs and learns from its share of each minibatch. Gradients are averaged, as are
+the advantages' scale, the statistics of the normalisers and the diagnostics: a run differs from one of a single
+process by its random numbers alone, and may be resumed with another number of processes. The first process writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ncdpo  # noqa: E402
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def gather(x):
+    """The tensors x of all processes, of one shape, one after another along their first axis."""
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class SharedLoss(nn.Module):
+    """The loss of a trainer on its part of a minibatch, as a module: DistributedDataParallel averages its gradients."""
+
+    def __init__(self, trainer: ncdpo.Trainer):
+        super().__init__()
+        self.learnt, self.loss = nn.ParameterList(trainer.agent.parameters()), trainer.loss
+
+    def forward(self, **part):
+        A, everyones = part["advantage"], gather(part["advantage"])
+        part["advantage"] = (A - everyones.mean()) / (everyones.std() + 1e-8)
+        loss, diagnostics = self.loss(**part, norm_adv=False)
+        distributed.all_reduce(values := torch.stack(list(diagnostics.values())) / WORLD)
+        return loss, dict(zip(diagnostics, values))  # so that all agree on the KL that stops the epochs
+
+
+class SharedTrainer(ncdpo.Trainer):
+    """A Trainer that plays and learns its share, in step with those of the other processes."""
+
+    def __init__(self, config: ncdpo.Config):
+        if config.num_envs % WORLD or config.minibatch_size % WORLD:
+            raise ncdpo.UserError(f"make --num-envs and --minibatch-size multiples of {WORLD}, the processes.")
+        share = ("num_envs", "minibatch_size", "total_timesteps")
+        super().__init__(dataclasses.replace(config, **{name: getattr(config, name) // WORLD for name in share}))
+        self.batch_size *= WORLD
+        self.updates, self.joined = config.total_timesteps // self.batch_size, False
+
+    def join(self) -> None:
+        """Go on with the weights and statistics of the first process, but with noise and episodes of our own."""
+        self.joined = True
+        for tensor in self.agent.state_dict().values():
+            distributed.broadcast(tensor, 0)
+        for norm in (self.agent.obs_norm, self.agent.reward_norm):
+            norm.update = lambda x, norm=norm: ncdpo.Normalizer.update(norm, gather(x))
+        self.loss = nn.parallel.DistributedDataParallel(SharedLoss(self))
+        if RANK:
+            torch.manual_seed(1_000 * self.config.seed + self.done + 1_000_003 * RANK)
+            self.obs = self.env.reset(self.config.seed, self.done, RANK)
+
+    def iterate(self) -> dict:
+        try:
+            if not self.joined:
+                self.join()
+            rows = [super().iterate()] * WORLD
+            distributed.all_gather_object(rows, rows[RANK])
+        except RuntimeError as error:
+            raise ncdpo.UserError(f"a process of torchrun has ended ({ncdpo.first_line(error)})") from error
+        row, finished = rows[RANK], [row for row in rows if row["episodes"]]
+        row["episodes"] = sum(other["episodes"] for other in finished)
+        for name in {"return", "length", "success"}.intersection(*finished) if finished else ():
+            row[name] = sum(other[name] * other["episodes"] for other in finished) / row["episodes"]
+        return row
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of each process; returns the exit code of ncdpo.main."""
+    if WORLD < 2:
+        return ncdpo.main(arguments)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)
+    distributed.init_process_group()
+    ncdpo.Trainer = SharedTrainer
+    with contextlib.ExitStack() as stack:
+        if RANK:  # does as the first process does, but nobody sees it
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            for stream in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                stack.enter_context(stream(stack.enter_context(open(os.devnull, "w"))))
+            with contextlib.suppress(ncdpo.UserError):  # main will say it
+                if resume := ncdpo.parse(arguments)[1]:
+                    arguments = arguments + ["--resume", shutil.copytree(resume, Path(folder, "run"))]
+            arguments = arguments + ["--runs", folder]
+        return ncdpo.main([str(argument) for argument in arguments])
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # gloo's threads may abort a Python that takes its leave (github.com/pytorch/pytorch/issues/190489)
