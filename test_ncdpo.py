@@ -2255,8 +2255,10 @@ def test_ratio_of_known_sets_of_seeds(curves):
 
 def test_steps_to_a_threshold_are_those_of_a_straight_line(curves):
     curve = {"step": np.arange(1, 101)[None] * 10_000.0, "return": np.arange(100)[None] * 1.0}
-    steps = curves.reach({name: x.repeat(2, 0) for name, x in curve.items()}, 50)
-    assert steps.shape == (2,) and abs(steps[0] - 0.53) < 0.011  # the mean of five rows lags by two
+    curve = {name: x.repeat(2, 0) for name, x in curve.items()} | {"seconds": np.arange(200.0).reshape(2, 100)}
+    steps = curves.reach(curve, 50)
+    assert steps.shape == (2,) and abs(steps[0] - 530_000) < 11_000  # the mean of five rows lags by two
+    assert curves.reach(curve, 50, "seconds").tolist() == [52, 152]  # each seed has its own clock
     assert np.isinf(curves.reach(curve, 1000)).all()
 
 

@@ -121,11 +121,12 @@ def area(curve: dict[str, np.ndarray]) -> np.ndarray:
     return returns(curve).mean(1)
 
 
-def reach(curve: dict[str, np.ndarray], threshold: float) -> np.ndarray:
-    """Million environment steps until the return, averaged over 5% of training, is at the threshold; inf if never."""
+def reach(curve: dict[str, np.ndarray], threshold: float, column: str = "step") -> np.ndarray:
+    """Steps or "seconds" until the return, averaged over 5% of training, is at the threshold, per seed; inf if never."""
     smooth = np.stack([np.convolve(r, np.ones(5) / 5, "valid") for r in returns(curve)])
     there = smooth >= threshold
-    return np.where(there.any(1), curve["step"][:, 4:][0, there.argmax(1)] / 1e6, np.inf)
+    first = np.take_along_axis(curve[column][:, 4:], there.argmax(1)[:, None], 1)[:, 0]
+    return np.where(there.any(1), first, np.inf)
 
 
 def interquartile_mean(x, axis: int = -1) -> np.ndarray:
