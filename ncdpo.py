@@ -840,7 +840,7 @@ class Config:
     algo: Literal["ncdpo", "ppo", "dppo"] = "ncdpo"  # what the policy is; nothing else differs
     seed: int = 1  # seed of the weights, the noise and the environments
     total_timesteps: int = 1_000_000  # environment steps, summed over the environments (or a game's agents)
-    stop_at_return: float | None = None  # stop training once the mean return is this high
+    stop_at_return: float | None = None  # stop training once the last 20 episodes have this mean return
     episodes: int = 10  # episodes of an evaluation
     runs: str = "runs"  # folder of the run folders
     checkpoint_every: int = 10  # updates between two checkpoints
@@ -1187,7 +1187,7 @@ def run_updates(trainer: Trainer, run: Path) -> None:
     if trainer.compiles and first < trainer.updates:
         print("compiling the loss, which takes some 10 s the first time (--no-compile skips it) ...", flush=True)
     try:
-        while trainer.done < trainer.updates and (goal is None or not recent or np.mean(recent[-20:]) < goal):
+        while trainer.done < trainer.updates and (goal is None or len(recent) < 20 or np.mean(recent[-20:]) < goal):
             row = trainer.iterate()
             with open(path, "a") as file:
                 cells = [row.get(name, "") for name in COLUMNS]

@@ -1500,7 +1500,7 @@ def test_cloned_steps_that_will_be_frozen_are_cloned_too(clone, tmp_path, capsys
 
 def test_training_stops_once_twenty_episodes_have_the_mean_return_asked_for(tmp_path, monkeypatch):
     # episodes and their mean return in each update; (19 * 9.9 + 12) / 20 is the first mean above 10
-    reports = iter([(30, 0.0), (1, 100.0), (0, math.nan), (5, 15.0), (20, 9.9), (1, 12.0)])
+    reports = iter([(1, 100.0), (30, 0.0), (1, 100.0), (0, math.nan), (5, 15.0), (20, 9.9), (1, 12.0)])
 
     def iterate(trainer):
         trainer.done += 1
@@ -1508,7 +1508,7 @@ def test_training_stops_once_twenty_episodes_have_the_mean_return_asked_for(tmp_
 
     monkeypatch.setattr(ncdpo.Trainer, "iterate", iterate)
     history = ncdpo.train(config(stop_at_return=10.0, total_timesteps=4096, runs=str(tmp_path)))
-    assert history["update"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert history["update"].tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
 # --- 9 - 11  runs ----------------------------------------------------------------------------------------------------
