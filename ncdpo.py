@@ -46,7 +46,7 @@ import sys
 import time
 import typing
 import warnings
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -120,17 +120,13 @@ class Schedule(nn.Module):
 
 # ===== 2  Networks ====================================================================================================
 
-ACTIVATIONS = {"silu": nn.SiLU, "tanh": nn.Tanh, "relu": nn.ReLU}
-
-
 def mlp(inputs: int, hidden: int, outputs: int, activation: str, gain: float) -> nn.Sequential:
     """Two hidden layers with PPO's usual orthogonal weights; `gain` scales the last layer's."""
-    act, layers = ACTIVATIONS[activation], []
+    act, layers = {"silu": nn.SiLU, "tanh": nn.Tanh, "relu": nn.ReLU}[activation], []
     for n, m, scale in ((inputs, hidden, math.sqrt(2)), (hidden, hidden, math.sqrt(2)), (hidden, outputs, gain)):
-        layer = nn.Linear(n, m)
-        nn.init.orthogonal_(layer.weight, scale)
-        nn.init.zeros_(layer.bias)
-        layers += [layer, act()]
+        layers += [nn.Linear(n, m), act()]
+        nn.init.orthogonal_(layers[-2].weight, scale)
+        nn.init.zeros_(layers[-2].bias)
     return nn.Sequential(*layers[:-1])
 
 
@@ -456,6 +452,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextmanager
+def told(message: str):
+    """Somebody else's exception in this block becomes a UserError: `message`, with its gist in place of {}."""
+    try:
+        yield
+    except Exception as error:  # a damaged file, a missing display, a mistake in a task's code: it can be anything
+        raise error if isinstance(error, UserError) else UserError(message.replace("{}", first_line(error))) from error
+
+
 class VectorEnv:
     """N copies of a task (of a game the agents of all worlds) that take and give tensors on `device`.
 
@@ -480,14 +485,12 @@ class VectorEnv:
                             "wrap the environment (gymnasium.wrappers.FlattenObservation, TransformAction).")
         if chunk > 1 and (own or self.discrete):
             raise UserError(f"{env_id} takes one action at a time, no chunk of them: give --action-chunk 1.")
-        try:
+        with told(f"cannot make {num_envs} x {env_id} (--vector {vector}): {{}}; "  # no mujoco-warp, little memory
+                  "fewer --num-envs or --vector sync may help."):
             self.envs = own or (physics and vector != "sync" and physics.batched(one, num_envs, chunk, device, vector)
                                 ) or GymnasiumEnvs(env_id, num_envs, chunk)
             if vector == "warp" and self.envs.kind != "warp":
                 raise ValueError("that needs its formulas in notebooks/physics.py, beside this file")
-        except Exception as error:  # no mujoco-warp, a model that it cannot simulate, too little memory
-            raise UserError(f"cannot make {num_envs} x {env_id} (--vector {vector}): {first_line(error)}; "
-                            "fewer --num-envs or --vector sync may help.") from error
         self.vector, self.home, self.close = self.envs.kind, self.envs.device, self.envs.close
         if self.discrete:
             self.act_dim, self.offset = int(act_space.n), int(act_space.start)
@@ -502,7 +505,8 @@ class VectorEnv:
     def reset(self, *seed: int):
         """First observations (N, S) of new episodes, all of whose randomness comes from `seed`."""
         seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(self.num_envs) // 2]
-        return self.envs.reset(seeds).to(self.device)
+        with told(f"{self.env_id} raised an error in reset: {{}}"):
+            return self.envs.reset(seeds).to(self.device)
 
     def step(self, action):
         """Action (N, H * A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N, H), two bools (N,)."""
@@ -522,25 +526,20 @@ def make_vec(env_id: str, num_envs: int, device: torch.device):
     or (N,), 1 where the last step ended an episode well.
     """
     module, _, name = env_id.partition(":")
-    try:
+    with told(f"cannot make {env_id}: {{}}"):
         make = getattr(importlib.import_module(module), "make_vec", None) if name else None
         return make and make(name, num_envs, device)
-    except Exception as error:
-        raise UserError(f"cannot make {env_id}: {first_line(error)}") from error
 
 
 def make_env(env_id: str, **more) -> gym.Env:
     """gym.make without warnings of age; raises UserError for an unknown name or a task that cannot be made."""
-    try:
-        if "mujoco" in str(gym.spec(env_id).entry_point):
+    opengl = " (unset MUJOCO_GL, or set it to egl or osmesa)" if "MUJOCO_GL" in os.environ else ""
+    with told(f"cannot make {env_id}: {{}}{opengl}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
+        if "mujoco" in str(gym.spec(env_id.split(":")[-1]).entry_point):
             import mujoco
             mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of Gymnasium's models, N times
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
-            return gym.make(env_id, disable_env_checker=True, **more)
-    except Exception as error:  # also a missing display, or a mistake in the environment's own code
-        opengl = " (unset MUJOCO_GL, or set it to egl or osmesa)" if "MUJOCO_GL" in os.environ else ""
-        raise UserError(f"cannot make {env_id}: {first_line(error)}{opengl}") from error
+        return gym.make(env_id, disable_env_checker=True, **more)
 
 
 class ActionChunk(gym.Wrapper):
@@ -572,21 +571,19 @@ class GymnasiumEnvs:
         make = lambda: ActionChunk(make_env(env_id), chunk) if chunk > 1 else make_env(env_id)
         self.envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         self.envs._rewards = np.zeros((num_envs, chunk))  # sync's buffer, with room for every step of a chunk
-        self.dtype, self.shape, self.close = self.envs.single_action_space.dtype, (num_envs, -1), self.envs.close
+        self.dtype, self.close = self.envs.single_action_space.dtype, self.envs.close
+        self.tensor = lambda array: torch.as_tensor(array.reshape(num_envs, -1), dtype=torch.float32)
 
     def reset(self, seeds: list[int]):
-        return self._tensor(self.envs.reset(seed=seeds)[0])
+        return self.tensor(self.envs.reset(seed=seeds)[0])
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.envs.step(action.numpy().astype(self.dtype, copy=False))
         final_obs, ended = obs.copy(), terminated | truncated
         if ended.any():
             final_obs[ended] = np.stack(info["final_obs"][ended])
-        obs, reward, final_obs = map(self._tensor, (obs, reward, final_obs))
+        obs, reward, final_obs = map(self.tensor, (obs, reward, final_obs))
         return obs, reward, torch.as_tensor(terminated), torch.as_tensor(truncated), final_obs
-
-    def _tensor(self, array):
-        return torch.as_tensor(array.reshape(self.shape), dtype=torch.float32)
 
 
 # ===== 7  Rollout =====================================================================================================
@@ -646,12 +643,9 @@ def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor,
     and 1; of a team, each agent's episodes follow one another. Raises UserError for a file that cannot be read, for
     demonstrations of another task, and for the first row that cannot be right. Prints a summary.
     """
-    try:
-        with np.load(source, allow_pickle=False) as file:
-            demos = {key: np.asarray(file[key], float) for key in DEMO_KEYS}
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise UserError(f"cannot read demonstrations from {source} ({first_line(error)}); notebooks/demos.py "
-                        "writes such a file: it records a run, and converts D4RL and Minari.") from None
+    with told(f"cannot read demonstrations from {source} ({{}}); notebooks/demos.py writes such a file: it records a "
+              "run, and converts D4RL and Minari."), np.load(source, allow_pickle=False) as file:
+        demos = {key: np.asarray(file[key], float) for key in DEMO_KEYS}
     n, H, dims = demos["rewards"].size, env.chunk, 1 if env.discrete else env.act_dim // env.chunk
     for key, size in zip(DEMO_KEYS, (env.obs_dim, dims, 1, 1, 1)):
         if demos[key].size != n * size or not n:
@@ -750,11 +744,8 @@ def write(path: Path, to) -> None:
 
 def load_config(run: Path) -> Config:
     """Configuration of a run folder; raises UserError where there is none."""
-    try:
+    with told(f"{run} is no run folder of this version of the program, by its config.json: {{}}."):
         return Config(**json.loads((run / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{run} is no run folder of this version of the program, by its config.json: "
-                        f"{first_line(error)}.") from None
 
 
 def load_agent(run: Path, device: torch.device, **changed) -> tuple[Config, Agent, dict]:
@@ -765,16 +756,13 @@ def load_agent(run: Path, device: torch.device, **changed) -> tuple[Config, Agen
         raise UserError(f"{run} froze steps of a chain of its own: leave out --sampling-steps.")
     if not path.is_file():
         raise UserError(f"{run} has no checkpoint.pt: give a run folder whose training came to its first checkpoint.")
-    try:
+    with told(f"{path} is damaged, or of another program, task or architecture than config.json beside it ({{}})."):
         state = torch.load(path, map_location=device, weights_only=True)
         env, spaces, _ = (state[name] for name in ("env", "spaces", "rate"))
         if env != config.env:
             raise ValueError(f"it is of {env}")
         agent = Agent(config, *spaces).to(device)
         agent.load_state_dict(state["agent"])
-    except Exception as error:  # a damaged or foreign file can raise nearly anything
-        raise UserError(f"{path} is damaged, or of another program, task or architecture than config.json beside it "
-                        f"({first_line(error)}).") from None
     return config, agent, state
 
 
@@ -920,13 +908,13 @@ class Config:
             raise UserError("--demos clones a new policy, --init-from starts from an old one: leave out one of them.")
 
 
-LIMITS = {"denoising_steps": (1, 100), "stop_at_return": (-math.inf, math.inf),
+LIMITS = {"denoising_steps": (1, 100), "seed": (0, 2**31 - 1), "stop_at_return": (-math.inf, math.inf),
           **dict.fromkeys(("minibatch_size", "num_steps"), (2, math.inf)),
-          **dict.fromkeys("seed total_timesteps critic_warmup ent_coef vf_coef".split(), (0, math.inf)),
+          **dict.fromkeys("total_timesteps critic_warmup ent_coef vf_coef".split(), (0, math.inf)),
           **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
 # What --init-from shares with the run that it names, whose weights would mean something else; what the verbs may change
 SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split()
-MAY_CHANGE = {"resume": "total_timesteps stop_at_return episodes runs checkpoint_every device vector compile".split(),
+MAY_CHANGE = {"resume": "total_timesteps stop_at_return episodes checkpoint_every device vector compile".split(),
               "evaluate": "episodes device sampling_steps".split()}
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, gamma=0.99, gae_lambda=0.95,
@@ -976,10 +964,8 @@ def pick_device(name: str) -> torch.device:
     """torch.device of auto, cpu, cuda, cuda:N or mps; raises UserError where it is not there."""
     if name == "auto":  # not mps: slower than the CPU for networks this small
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with told(f"--device {name} cannot be used here ({{}}); try --device auto."):
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try --device auto.") from None
 
 
 def compiled(function, device: torch.device):
@@ -1029,13 +1015,13 @@ class Trainer:
         self.policy, self.critic = self.agent.policy, self.agent.critic
         parts = [self.policy, self.critic] if config.critic_learning_rate else [self.agent]  # each clipped by itself
         self.optimizer = torch.optim.Adam([{"params": part.parameters()} for part in parts], eps=1e-5, fused=True)
-        self.rollout = Rollout(config.num_steps, self.env)
         self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far, to scale rewards
         self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # in environment steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         if not self.updates and (config.total_timesteps or not config.demos):  # 0: cloning alone
             raise UserError(f"make --total-timesteps at least {self.batch_size}, a rollout ({self.env.num_envs} rows x "
                             f"{config.num_steps} --num-steps x {config.action_chunk} --action-chunk).")
+        self.rollout = Rollout(config.num_steps, self.env)
         self.rate, self.obs = config.learning_rate, self.env.reset(config.seed)  # the rate of --adaptive-lr
 
         coordinates = self.env.act_dim if config.mean_log_prob and not self.env.discrete else 1
@@ -1103,15 +1089,14 @@ class Trainer:
 
     def measure(self, batch: dict) -> dict:
         """Sigma, and the chain's noise and gradient, on a part of the batch."""
-        few, row = {name: tensor[:128] for name, tensor in batch.items()}, {}
+        row, few = {}, [batch[name][:128] for name in ("obs", "action", "latent", "advantage")]
         if self.config.algo == "ncdpo":
-            norms, row["chain_clipped"] = chain_gradient(self.policy, few["obs"], few["action"], few["latent"],
-                                                         few["advantage"])
+            norms, row["chain_clipped"] = chain_gradient(self.policy, *few)
             row["chain_gradient_ratio"] = norms[1] / max(norms[-1], 1e-30)
         if not self.env.discrete:
             row["sigma"] = self.policy.head.log_std.exp().mean().item()
             if self.config.algo != "ppo":
-                row["chain_std"] = chain_std(self.policy, few["obs"])
+                row["chain_std"] = chain_std(self.policy, few[0])
         return row
 
     def save(self, run: Path) -> None:
@@ -1218,13 +1203,9 @@ class Parser(argparse.ArgumentParser):
 
 def documented_fields() -> dict[str, dict[str, str]]:
     """The fields of Config and their comments, by the titles in its source."""
-    groups: dict[str, dict[str, str]] = {}
-    for line in inspect.getsource(Config).splitlines():
-        if title := re.fullmatch(r"    # --- (.+)", line):
-            groups[title[1]] = fields = {}
-        elif field := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
-            fields[field[1]] = field[2]
-    return groups
+    _, *parts = re.split(r"    # --- (.+)\n", inspect.getsource(Config))  # title, lines, title, lines, ...
+    fields = (dict(re.findall(r"^    (\w+): .+?  # (.+)$", lines, re.MULTILINE)) for lines in parts[1::2])
+    return dict(zip(parts[::2], fields))
 
 
 def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
@@ -1255,9 +1236,8 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
         fresh = ("total_timesteps", "demos", "stop_at_return", "runs")
         defaults = dataclasses.replace(defaults, **{name: getattr(Config, name) for name in fresh})
     config = dataclasses.replace(defaults, **given)
-    ignored = {"init_std"} if config.algo == "dppo" else set(groups["dppo alone"])
-    if config.algo == "ppo":
-        ignored |= set(groups["denoising chain of ncdpo and dppo"])
+    chain, dppo = groups["denoising chain of ncdpo and dppo"], groups["dppo alone"]
+    ignored = {"ncdpo": {*dppo}, "ppo": {*chain, *dppo}, "dppo": {"init_std"}}[config.algo]
     for name in (name for name, value in given.items() if value != getattr(defaults, name)):
         flag = "--" + name.replace("_", "-")
         if (resume or evaluate) and name not in MAY_CHANGE["resume" if resume else "evaluate"]:
@@ -1276,12 +1256,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(describe(evaluate(played, config.episodes, config.device, sampling_steps=config.sampling_steps)))
         else:
             train(config, resume)
-    except UserError as error:
-        print(f"ncdpo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
+    except (UserError, KeyboardInterrupt) as error:
         print(f"ncdpo: {str(error) or 'interrupted.'}", file=sys.stderr)
-        return 130
+        return 2 if isinstance(error, UserError) else 130
     return 0
 
 

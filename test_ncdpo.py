@@ -2651,6 +2651,24 @@ def test_a_dead_process_or_ctrl_c_ends_all_with_one_sentence_and_keeps_the_check
     assert all(f"--resume {run}" in line for line in mistakes)
 
 
+def test_a_task_of_ones_own_module_is_made_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text("import gymnasium as gym\n"
+                                           "gym.register('MyTask-v0', 'gymnasium.envs.classic_control:CartPoleEnv')")
+    monkeypatch.syspath_prepend(tmp_path)
+    env = VectorEnv("my_module:MyTask-v0", 2, CPU)
+    assert env.reset(1).shape == (2, 4)
+    gym.registry.pop("MyTask-v0")
+
+
+def test_a_mistake_in_reset_is_told_in_one_sentence(tmp_path, monkeypatch):
+    def reset(envs, seeds):
+        raise ZeroDivisionError("no start")
+
+    monkeypatch.setattr(ncdpo.GymnasiumEnvs, "reset", reset)
+    with pytest.raises(UserError, match="CartPole-v1 raised an error in reset: no start"):
+        ncdpo.Trainer(config())
+
+
 def test_import_prints_and_writes_nothing_and_needs_neither_mujoco_nor_matplotlib(tmp_path):
     code = """import ncdpo, sys, torch
 ncdpo.VectorEnv("CartPole-v1", 1, torch.device("cpu"))

@@ -122,7 +122,7 @@ def area(curve: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def reach(curve: dict[str, np.ndarray], threshold: float, column: str = "step") -> np.ndarray:
-    """Steps or "seconds" until the return, averaged over 5% of training, is at the threshold, per seed; inf if never."""
+    """Steps or "seconds" until the return, averaged over 5% of training, is at the threshold, by seed; or infinity."""
     smooth = np.stack([np.convolve(r, np.ones(5) / 5, "valid") for r in returns(curve)])
     there = smooth >= threshold
     first = np.take_along_axis(curve[column][:, 4:], there.argmax(1)[:, None], 1)[:, 0]

@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node 2 notebooks/parallel.py --env HalfCheetah-v4     # flags as of ncdpo.py
 
 Each process plays its share of --num-envs and learns from its share of each minibatch. Gradients are averaged, as are
-the advantages' scale, the statistics of the normalisers and the diagnostics: a run differs from one of a single
-process by its random numbers alone, and may be resumed with another number of processes. The first process writes.
+the advantages' scale, the statistics of the normalisers and what is logged of loss and episodes: a run differs from one
+of a single process by its random numbers alone, and may be resumed with another number of processes. The first process
+writes; `explained_variance` and the columns of the chain are its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -54,7 +56,8 @@ class SharedTrainer(ncdpo.Trainer):
 
     def __init__(self, config: ncdpo.Config):
         if config.num_envs % WORLD or config.minibatch_size % WORLD:
-            raise ncdpo.UserError(f"make --num-envs and --minibatch-size multiples of {WORLD}, the processes.")
+            raise ncdpo.UserError(f"--num-envs and --minibatch-size must be multiples of {WORLD}, the processes: "
+                                  "change those flags or that number.")
         share = ("num_envs", "minibatch_size", "total_timesteps")
         super().__init__(dataclasses.replace(config, **{name: getattr(config, name) // WORLD for name in share}))
         self.batch_size *= WORLD
@@ -78,6 +81,10 @@ class SharedTrainer(ncdpo.Trainer):
                 self.join()
             rows = [super().iterate()] * WORLD
             distributed.all_gather_object(rows, rows[RANK])
+        except ncdpo.UserError as error:
+            if RANK:  # a mistake of this process alone, whose streams nobody sees
+                print(f"ncdpo: {error}", file=sys.__stderr__)
+            raise
         except RuntimeError as error:
             raise ncdpo.UserError(f"a process of torchrun has ended ({ncdpo.first_line(error)})") from error
         row, finished = rows[RANK], [row for row in rows if row["episodes"]]
@@ -100,14 +107,20 @@ def main(arguments: list[str]) -> int:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             for stream in (contextlib.redirect_stdout, contextlib.redirect_stderr):
                 stack.enter_context(stream(stack.enter_context(open(os.devnull, "w"))))
-            with contextlib.suppress(ncdpo.UserError):  # main will say it
-                if resume := ncdpo.parse(arguments)[1]:
-                    arguments = arguments + ["--resume", shutil.copytree(resume, Path(folder, "run"))]
-            arguments = arguments + ["--runs", folder]
+            try:
+                _, resume, played = ncdpo.parse(arguments)
+            except ncdpo.UserError:
+                return 2  # the first process says it
+            if played:
+                return 0
+            copy = shutil.copytree(resume, Path(folder, "run")) if resume else folder
+            arguments = arguments + ["--resume" if resume else "--runs", copy]
         return ncdpo.main([str(argument) for argument in arguments])
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
+    if RANK and code:
+        time.sleep(5)  # so that the first process may speak: torchrun ends all of them with the first that fails
     os._exit(code)  # gloo's threads may abort a Python that takes its leave (github.com/pytorch/pytorch/issues/190489)
