@@ -1122,9 +1122,7 @@ class Trainer:
     def init_from(self, run: Path) -> None:
         """Start from another run's policy, critic and normalisers; NCDPO and DPPO can start from one another's."""
         config, before = self.config, load_config(run)
-        for name in SAME_POLICY + ["finetune_steps", "sampling_steps"] * bool(before.finetune_steps):
-            if (was := getattr(before, name)) != getattr(config, name):
-                raise UserError(f"{run} was trained with {name} = {was}: leave out --{name.replace('_', '-')}.")
+        require_same(before, config, SAME_POLICY + ["finetune_steps", "sampling_steps"] * bool(before.finetune_steps))
         if before.algo != config.algo and "ppo" in (before.algo, config.algo):
             raise UserError(f"{run} was trained by {before.algo}, whose network is not that of {config.algo}.")
         source = load_agent(run, self.device)[1]
@@ -1135,12 +1133,22 @@ class Trainer:
         self.agent.load_state_dict(source.state_dict())
 
 
+def require_same(before: Config, config: Config, names: list[str]) -> None:
+    """Raises UserError for the first of the fields `names` in which a configuration differs from that of its run."""
+    for name in names:
+        if (was := getattr(before, name)) != getattr(config, name):
+            raise UserError(f"the run was trained with {name} = {was}: leave out --{name.replace('_', '-')}.")
+
+
 def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndarray]:
     """Train, and return the history: one array per column of metrics.csv, one entry per update.
 
     Writes a new run folder; or goes on in the folder `resume`, where only the episodes start anew and `config` is that
     folder's but for MAY_CHANGE. Raises UserError.
     """
+    if resume:
+        fixed = [name for name in vars(config) if name not in MAY_CHANGE["resume"]]
+        require_same(load_config(Path(resume)), config, fixed)
     trainer, run = Trainer(config), Path(resume or "")
     with closing(trainer.env):
         demos = load_demos(config.demos, trainer.env) if config.demos and not resume else None
@@ -1240,8 +1248,8 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
     ignored = {"ncdpo": {*dppo}, "ppo": {*chain, *dppo}, "dppo": {"init_std"}}[config.algo]
     for name in (name for name, value in given.items() if value != getattr(defaults, name)):
         flag = "--" + name.replace("_", "-")
-        if (resume or evaluate) and name not in MAY_CHANGE["resume" if resume else "evaluate"]:
-            raise UserError(f"{run} was trained with {name} = {getattr(defaults, name)}: leave out {flag}.")
+        if evaluate and name not in MAY_CHANGE["evaluate"]:
+            raise UserError(f"a saved run is played as it was trained: leave out {flag}.")
         if name in ignored:
             raise UserError(f"{flag} has no effect on --algo {config.algo}: leave it out.")
     return config, resume, evaluate

@@ -1845,6 +1845,14 @@ def test_resume_refuses_another_floor_or_number_of_scored_steps_of_dppo(tmp_path
         assert f"leave out {flag}." in complaint(capsys, "--resume", tmp_path, flag, value)
 
 
+def test_train_refuses_to_resume_a_run_with_other_settings(run):
+    """From Python, where no command line has looked at them."""
+    before, kept = contents(run), ncdpo.load_config(run)
+    with pytest.raises(UserError, match="leave out --gamma"):
+        ncdpo.train(dataclasses.replace(kept, gamma=0.5, total_timesteps=4096), resume=run)
+    assert contents(run) == before
+
+
 def test_resume_refuses_a_finished_run_and_another_verb(run, capsys):
     before = contents(run)
     assert "--total-timesteps" in complaint(capsys, "--resume", run)
