@@ -25,7 +25,7 @@ its end makes the likelihood exact; and plain PPO then sends its gradient back t
     python ncdpo.py --env Hopper-v4 --demos demos.npz     # clone demonstrations, then improve the clone
 
 Sections: 1 noise schedule, 2 networks, 3 the noise-conditioned policy, 4 PPO (these four are NCDPO; they need torch and
-math only, and can be pasted elsewhere), 5 the two baselines, 6 environments, 7 rollout, 8 demonstrations, 9 run folder,
+math only, and can be pasted elsewhere), 5 the two baselines, 6 environments, 7 rollout, 8 cloning, 9 run folder,
 10 configuration and training, 11 command line.
 Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits; in section 4
 the advantage), K denoising steps that are run, M scored decisions per action, T steps of a rollout, N environments.
@@ -36,20 +36,20 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import json
 import math
 import os
 import re
 import sys
+import textwrap
 import time
-import typing
 import warnings
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or torch's waiting threads spin so long that a busy machine crawls
 
@@ -60,10 +60,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.optim import swa_utils
 
-try:  # MuJoCo in batches and on a GPU; this file alone steps Gymnasium's environments one by one
-    from notebooks import physics
+try:  # MuJoCo in batches and on a GPU, measurements of the chain, reading demonstrations: alone, this file does without
+    from notebooks import demofile, health, physics
 except ImportError:
-    physics = None
+    demofile = health = physics = None
 
 # ===== 1  Noise schedule ==============================================================================================
 
@@ -396,7 +396,7 @@ class DPPO(NCDPO):
                  gamma_denoising: float = 0.99, clip_rise: float = 1.0, **more):
         super().__init__(*dims, **{"head": Gaussian(dims[1], min_std, fixed=True), **more})
         self.M, self.chain_gradient = scored_steps or self.K, chain_gradient
-        steps_to_go, rise = torch.arange(self.M - 1, -1, -1), torch.linspace(0, 3, self.M)
+        steps_to_go, rise = torch.arange(self.M - 1, -1, -1), torch.linspace(3, 0, self.M).flip(0)
         tables = dict(std=(self.noise_scale * self.schedule.sigma).clamp(min=min_std), ks=steps_to_go + 1,
                       weight=gamma_denoising ** steps_to_go.float(),  # discounts the advantage
                       clip_scale=clip_rise + (1 - clip_rise) * rise.expm1() / math.expm1(3))  # of the first step, to 1
@@ -447,9 +447,10 @@ class UserError(Exception):
     """A mistake of the user's or of their machine, told in one sentence that names the remedy."""
 
 
-def first_line(error: BaseException) -> str:
+def gist(error: BaseException) -> str:
     """The gist of somebody else's exception."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = textwrap.shorten(str(error), 400, placeholder=" ...")
+    return text if " " in text else f"{type(error).__name__} {text}"  # of a KeyError, say, text is but the key
 
 
 @contextmanager
@@ -458,7 +459,7 @@ def told(message: str):
     try:
         yield
     except Exception as error:  # a damaged file, a missing display, a mistake in a task's code: it can be anything
-        raise error if isinstance(error, UserError) else UserError(message.replace("{}", first_line(error))) from error
+        raise error if isinstance(error, UserError) else UserError(message.replace("{}", gist(error))) from error
 
 
 class VectorEnv:
@@ -480,9 +481,8 @@ class VectorEnv:
         self.discrete = isinstance(act_space, gym.spaces.Discrete)
         box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded()
         if not isinstance(obs_space, gym.spaces.Box) or not (self.discrete or box):
-            raise UserError(f"{env_id} has observations {obs_space} and actions {act_space}; only Box observations and "
-                            "only Discrete and bounded one-dimensional Box actions are supported: "
-                            "wrap the environment (gymnasium.wrappers.FlattenObservation, TransformAction).")
+            raise UserError(f"{env_id} has observations {obs_space} and actions {act_space}, but only Box observations "
+                            "and Discrete or bounded flat Box actions will do: wrap it (gymnasium.wrappers).")
         if chunk > 1 and (own or self.discrete):
             raise UserError(f"{env_id} takes one action at a time, no chunk of them: give --action-chunk 1.")
         with told(f"cannot make {num_envs} x {env_id} (--vector {vector}): {{}}; "  # no mujoco-warp, little memory
@@ -512,10 +512,8 @@ class VectorEnv:
         """Action (N, H * A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N, H), two bools (N,)."""
         action = action.to(self.home)
         action = action + self.offset if self.discrete else self.center + self.scale * action.clamp(-1, 1)
-        try:
+        with told(f"{self.env_id} raised an error in step: {{}}"):
             return [x.to(self.device) for x in self.envs.step(action)]
-        except Exception as error:
-            raise UserError(f"{self.env_id} raised {type(error).__name__} in step: {first_line(error)}") from error
 
 
 def make_vec(env_id: str, num_envs: int, device: torch.device):
@@ -600,7 +598,7 @@ class Rollout:
 
     @torch.no_grad()
     def collect(self, env: VectorEnv, policy: NCDPO, act, obs):
-        """Play from `obs` on; act(obs, omega, noise) is Agent.act, perhaps compiled. Returns the next observation."""
+        """Play from `obs` on by act(obs, omega, noise), the policy's on raw observations; returns the next `obs`."""
         omega, noise = policy.noise(*self.ended.shape, device=env.device)  # afresh for each step (E9)
         played = []  # actions, and what must be kept to score them again
         for t in range(len(self.obs)):
@@ -630,62 +628,20 @@ def discounted_sums(reward, ended, carry, gamma: float):
     return sums, carry
 
 
-# ===== 8  Demonstrations ==============================================================================================
-
-DEMO_KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
-
-
-def load_demos(source: str, env: VectorEnv) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Chunks that stay inside an episode: observations (n, S), actions (n, H * A) in [-1, 1], episode numbers (n,).
-
-    `source` is an .npz file of DEMO_KEYS: a row per step, episode by episode; observations (steps, S), actions
-    (steps, A) as the task takes them, the others (steps,). A Discrete action, (steps,), becomes a one-hot vector of -1
-    and 1; of a team, each agent's episodes follow one another. Raises UserError for a file that cannot be read, for
-    demonstrations of another task, and for the first row that cannot be right. Prints a summary.
-    """
-    with told(f"cannot read demonstrations from {source} ({{}}); notebooks/demos.py writes such a file: it records a "
-              "run, and converts D4RL and Minari."), np.load(source, allow_pickle=False) as file:
-        demos = {key: np.asarray(file[key], float) for key in DEMO_KEYS}
-    n, H, dims = demos["rewards"].size, env.chunk, 1 if env.discrete else env.act_dim // env.chunk
-    for key, size in zip(DEMO_KEYS, (env.obs_dim, dims, 1, 1, 1)):
-        if demos[key].size != n * size or not n:
-            raise UserError(f"{key} of {source} have the shape {demos[key].shape}, but {n} steps of {env.env_id} need "
-                            f"({n}, {size}): these are not demonstrations of this task.")
-        demos[key] = demos[key].reshape(n, size)
-    if env.discrete:
-        action = 2.0 * (demos["actions"] - env.offset == np.arange(env.act_dim)) - 1
-        inside = (action > 0).any(1)
-    else:
-        action = (demos["actions"] - env.center[:dims].cpu().numpy()) / env.scale[:dims].cpu().numpy()
-        inside = (np.abs(action) <= 1.001).all(1)
-    good = np.isfinite(np.hstack(list(demos.values()))).all(1) & inside
-    if not good.all():
-        raise UserError(f"row {good.argmin()} of {source} has a number that is not finite or an action outside of "
-                        f"the task's space ({demos['actions'][good.argmin()]}): scale them, or drop that episode.")
-    end = (demos["terminations"] + demos["truncations"] > 0).squeeze(1)
-    episode = np.cumsum(end) - end  # the number of each row's episode
-    start = np.flatnonzero(episode[H - 1:] == episode[:max(0, n + 1 - H)])
-    if not len(start) or not episode[start[0]] < episode[start[-1]]:
-        raise UserError(f"{source} has fewer than two episodes of at least --action-chunk {H} steps; record more.")
-    returns = np.bincount(episode, demos["rewards"][:, 0])
-    extreme = f", {(np.abs(action) > 0.999).mean():.0%} of the actions at a bound" if not env.discrete else ""
-    print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f}{extreme}", flush=True)
-    chunks = np.lib.stride_tricks.sliding_window_view(action.clip(-1, 1), H, 0)[start].swapaxes(1, 2)
-    tensor = lambda x: torch.as_tensor(x.reshape(len(start), -1), dtype=torch.float32).to(env.device)
-    return tensor(demos["observations"][start]), tensor(chunks), episode[start]
-
+# ===== 8  Behaviour cloning ===========================================================================================
 
 def clone(agent: Agent, config: Config, demos) -> None:
     """Behaviour cloning (E2): Adam, a cosine schedule, and at the end a moving average of the weights.
 
-    `demos` as load_demos returns them. A twentieth of the episodes is held out; its loss is printed beside the other.
+    `demos` as notebooks/demofile.py reads them: observations (n, S), actions (n, A) in [-1, 1], episode numbers (n,). A
+    twentieth of the episodes is held out; its loss is printed beside the other.
     """
     obs, action, episode = demos
     agent.obs_norm.update(obs)
     obs, episodes, policy = agent.obs_norm(obs), np.unique(episode), agent.policy
     held_out = np.random.default_rng(config.seed).permutation(episodes)[:math.ceil(len(episodes) / 20)]
-    held_out = torch.as_tensor(np.isin(episode, held_out), device=obs.device)
-    seen, unseen = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+    held_out = np.isin(episode, held_out)
+    seen, unseen = (torch.as_tensor(np.flatnonzero(x), device=obs.device) for x in (~held_out, held_out))
     optimizer = torch.optim.Adam(policy.parameters(), config.bc_learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.bc_steps)
     decay = max(0.0, 1 - 10 / config.bc_steps)  # the last tenth of the steps
@@ -701,7 +657,7 @@ def clone(agent: Agent, config: Config, demos) -> None:
         average.update_parameters(policy)
         total += loss.detach()
         if step % every == 0:
-            with torch.no_grad(), keep_random_state(obs.device):
+            with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(0)  # the same noise each time, so that only learning moves the loss
                 unseen_loss = average.module.bc_loss(obs[unseen], action[unseen])
             print(f"{step:>13,} cloning steps, loss {total / every:.4f}, held out {unseen_loss:.4f}", flush=True)
@@ -723,10 +679,8 @@ def new_run_folder(config: Config) -> Path:
     name = "__".join([re.sub("[/:]", "_", config.env.split("?")[0]), config.algo, str(config.seed)])
     paths = (Path(config.runs, f"{name}-{n}" if n > 1 else name) for n in range(1, 10**6))
     run = next(path for path in paths if not path.exists())
-    try:
+    with told(f"cannot make {run} ({{}}); choose another folder with --runs."):
         run.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot make {run} ({error.strerror}); choose another folder with --runs.") from None
     return run
 
 
@@ -734,12 +688,12 @@ def write(path: Path, to) -> None:
     """Let to(file) write `path` atomically: a full disk or a kill in the middle leaves the old file as it was."""
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            to(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+        with told(f"cannot write {path} ({{}}); check its folder and the free space"):
+            with open(temporary, "wb") as file:
+                to(file)
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({first_line(error)}); check its folder and the free space") from error
 
 
 def load_config(run: Path) -> Config:
@@ -754,35 +708,25 @@ def load_agent(run: Path, device: torch.device, **changed) -> tuple[Config, Agen
     config.check()
     if config.finetune_steps and config.sampling_steps != before.sampling_steps:
         raise UserError(f"{run} froze steps of a chain of its own: leave out --sampling-steps.")
-    if not path.is_file():
-        raise UserError(f"{run} has no checkpoint.pt: give a run folder whose training came to its first checkpoint.")
-    with told(f"{path} is damaged, or of another program, task or architecture than config.json beside it ({{}})."):
+    with told(f"{path} is missing (training did not come to its first checkpoint), damaged, or not of the config.json "
+              "beside it ({})."):
         state = torch.load(path, map_location=device, weights_only=True)
-        env, spaces, _ = (state[name] for name in ("env", "spaces", "rate"))
-        if env != config.env:
-            raise ValueError(f"it is of {env}")
-        agent = Agent(config, *spaces).to(device)
+        agent = Agent(config, *state["spaces"]).to(device)
         agent.load_state_dict(state["agent"])
     return config, agent, state
 
 
-def keep_random_state(device: torch.device):
-    """Context manager after which the random states of CPU and `device` are what they were before."""
-    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
-
-
 @torch.no_grad()
 def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **changed) -> dict:
-    """Play `episodes` whole episodes of a saved run in each of three ways; the normaliser is frozen.
+    """Play `episodes` whole episodes of a saved run in each of three ways: {way: {"return", "length": arrays}}.
 
     "exploring" is the policy as it was trained; "mean action", the one to report, leaves out the final Gaussian (or
     takes the likeliest choice); "eta 0" leaves out all noise of the chain but x_K as well (DDIM), as policies are often
-    deployed. Each environment, Gymnasium's or a game's, plays exactly one episode, so that short ones are not
-    over-represented. `changed` are fields of Config, say sampling_steps. Returns {way: {"return", "length": arrays}},
-    and "success" where the task has it. Of a game `episodes` worlds are played, and each agent has an entry.
+    deployed. Each environment plays one episode, so that short ones are not over-represented; of a game, `episodes`
+    worlds, each agent has an entry, and "success" too. `changed` are fields of Config, say sampling_steps.
     """
-    with keep_random_state(device := pick_device(device)):
-        config, agent, _ = load_agent(Path(run), device, **changed)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's random state stays
+        config, agent, _ = load_agent(Path(run), device := pick_device(device), **changed)
         policy, result, act, seed = agent.policy, {}, agent.policy.act, 1_000_003 + config.seed  # apart from training's
         env = VectorEnv(config.env, episodes, device, "sync", config.action_chunk)
         N, names = env.num_envs, ["return", "length"] + ["success"] * (env.envs.success is not None)
@@ -885,25 +829,30 @@ class Config:
     def for_task(cls, env: str, **given) -> "Config":
         """The defaults of a task: those above, then PRESETS of its family or of cloning, then what is given."""
         family = "demonstrations" if given.get("demos") else env.split("/")[-1].rsplit("-v", 1)[0]
+        if (physics and given.get("vector") != "sync" and importlib.util.find_spec("mujoco_warp")
+                and pick_device(given.get("device", cls.device)).type == "cuda"):
+            family = f"{family} on a GPU" if f"{family} on a GPU" in PRESETS else family
         return cls(**{"env": env, **PRESETS.get(family, {}), **given})
 
     def check(self) -> None:
         """Raises UserError for the first field out of its range."""
-        for name, kind in typing.get_type_hints(Config).items():
+        for name, kind in get_type_hints(Config).items():
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             low, high = LIMITS.get(name, (1e-12, math.inf))  # a number without LIMITS must be above 0
-            if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-                raise UserError(f"{flag} must be one of {', '.join(typing.get_args(kind))}, not {value!r}.")
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise UserError(f"{flag} must be one of {', '.join(get_args(kind))}, not {value!r}.")
             if kind is not bool and isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
                 limits = "above 0" if low == 1e-12 else f"from {low} to {high}".replace("to inf", "on")
                 raise UserError(f"{flag} must be a finite number {limits}, not {value}.")
-        steps = list(filter(None, (self.scored_steps, self.finetune_steps, self.sampling_steps, self.denoising_steps)))
-        if steps != sorted(steps):
-            raise UserError(f"--scored-steps ({self.scored_steps}) may not exceed --finetune-steps "
-                            f"({self.finetune_steps}), nor these --sampling-steps ({self.sampling_steps}; 5 with "
-                            f"--demos), nor these --denoising-steps ({self.denoising_steps}).")
+        steps = {name: getattr(self, name) for name in ("scored_steps", "finetune_steps", "sampling_steps",
+                                                        "denoising_steps") if getattr(self, name)}
+        if list(steps.values()) != sorted(steps.values()):
+            order = " <= ".join(f"--{name.replace('_', '-')} ({value})" for name, value in steps.items())
+            raise UserError(f"this must hold, and does not: {order}.")
         if self.adaptive_lr and not self.target_kl or self.critic_warmup and not self.critic_learning_rate:
             raise UserError("--adaptive-lr needs --target-kl, and --critic-warmup needs --critic-learning-rate.")
+        if self.demos and not demofile:
+            raise UserError("--demos needs this project's notebooks/demofile.py beside this file.")
         if self.demos and self.init_from:
             raise UserError("--demos clones a new policy, --init-from starts from an old one: leave out one of them.")
 
@@ -917,6 +866,9 @@ SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split
 MAY_CHANGE = {"resume": "total_timesteps stop_at_return episodes checkpoint_every device vector compile".split(),
               "evaluate": "episodes device sampling_steps".split()}
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
+    # a GPU's worlds step together: many of them, played for a short while (notebooks/RESULTS.md has the return)
+    "HalfCheetah on a GPU": dict(num_envs=4096, num_steps=32, minibatch_size=16384, learning_rate=1e-3,
+                                 total_timesteps=50_000_000),
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, gamma=0.99, gae_lambda=0.95,
                            num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4, critic_warmup=4,
                            critic_learning_rate=1e-3,  # whatever the task; and what follows is ours: less chain noise
@@ -936,10 +888,6 @@ class Agent(nn.Module):
         self.policy = make_policy(config, policy_dim or obs_dim, act_dim, discrete)
         self.critic = mlp(obs_dim, config.hidden, 1, config.activation, gain=1.0)
         self.obs_norm, self.reward_norm = Normalizer(obs_dim), Normalizer(1)
-
-    def act(self, obs, omega, noise):
-        """The policy's `act` on raw observations."""
-        return self.policy.act(self.obs_norm(obs), omega, noise)
 
 
 def make_policy(c: Config, obs_dim: int, act_dim: int, discrete: bool) -> NCDPO:
@@ -977,30 +925,10 @@ def compiled(function, device: torch.device):
         try:
             return fast(*given, **more)
         except torch._dynamo.exc.TorchDynamoException as error:
-            warnings.warn(f"going on more slowly, without torch.compile, which failed: {first_line(error)}")
+            warnings.warn(f"going on more slowly, without torch.compile, which failed: {gist(error)}")
             fast = function
             return fast(*given, **more)
     return call
-
-
-def chain_gradient(policy: NCDPO, obs, action, omega, advantage) -> tuple[np.ndarray, float]:
-    """BPDT measured (E13): norms of dL/dx_k for k = K ... 0, L = -mean(log pi A), and the clipped fraction of x_0.
-
-    Arguments as in ppo_loss. Rising from left to right the gradient vanishes on its way to the first denoising steps,
-    falling it explodes.
-    """
-    xs = policy.chain(obs, omega.clone().requires_grad_())
-    loss = -(policy.head.log_prob(xs[-1], action) * advantage).mean()
-    norms = [g.norm().item() for g in torch.autograd.grad(loss, xs)]
-    return np.array(norms), (xs[-1].abs() >= policy.schedule.clip).float().mean().item()
-
-
-@torch.no_grad()
-def chain_std(policy: NCDPO, obs) -> float:
-    """Standard deviation of the action over the chain's noise (std_chain of E17), from two draws at each obs (B, S)."""
-    with keep_random_state(obs.device):  # to measure must not change the run
-        one, other = (policy.sample(obs, deterministic=True)[0] for _ in range(2))
-    return ((one - other).square().mean() / 2).sqrt().item()
 
 
 class Trainer:
@@ -1019,15 +947,14 @@ class Trainer:
         self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # in environment steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         if not self.updates and (config.total_timesteps or not config.demos):  # 0: cloning alone
-            raise UserError(f"make --total-timesteps at least {self.batch_size}, a rollout ({self.env.num_envs} rows x "
-                            f"{config.num_steps} --num-steps x {config.action_chunk} --action-chunk).")
+            raise UserError(f"make --total-timesteps at least {self.batch_size}, the environment steps of a rollout.")
         self.rollout = Rollout(config.num_steps, self.env)
         self.rate, self.obs = config.learning_rate, self.env.reset(config.seed)  # the rate of --adaptive-lr
 
         coordinates = self.env.act_dim if config.mean_log_prob and not self.env.discrete else 1
         self.loss = partial(ppo_loss, self.policy, self.critic, clip_coef=config.clip_coef, vf_coef=config.vf_coef,
                             ent_coef=config.ent_coef, coordinates=coordinates)
-        self.act = self.agent.act
+        self.act = lambda obs, omega, noise: self.policy.act(self.agent.obs_norm(obs), omega, noise)
         # a loop over more than ten steps takes minutes to compile; DPPO's loss takes its M scored steps at once
         self.compiles = config.compile and self.policy.K - getattr(self.policy, "M", 0) <= 10
         if self.compiles:
@@ -1048,12 +975,13 @@ class Trainer:
         batch, explained = self.judge()
         judged = time.perf_counter()
         row = ppo_update(self.loss, batch, self.optimizer, config.update_epochs, config.minibatch_size,
-                         config.max_grad_norm, config.target_kl) | self.measure(batch)
+                         config.max_grad_norm, config.target_kl)
+        row |= health.measure(self.policy, batch) if health else {}
         reward = self.rollout.reward  # NaN has a place there only in chunks that were cut short
         rewards = reward[..., 0].sum() + reward.sum(-1)[self.rollout.ended == 0].sum()
         if not all(map(math.isfinite, [rewards, *row.values()])):  # a wrong observation is in the loss by now
-            raise UserError(f"a reward or the loss is not finite in update {self.done + 1} (a lower --learning-rate "
-                            "may help)")
+            raise UserError(f"a reward, an observation or the loss is not finite in update {self.done + 1} (the loss "
+                            "may be with a lower --learning-rate)")
         if config.adaptive_lr and not warm_up:  # factor and bounds as usual for legged robots
             kl = row["last_kl"] / config.target_kl
             self.rate = min(max(self.rate * (1 / 1.5 if kl > 1 else 1.5 if kl < 0.5 else 1), 1e-5), 1e-2)
@@ -1087,22 +1015,10 @@ class Trainer:
         agent.obs_norm.update(rollout.obs.flatten(0, 1))  # only now: the rollout was played with the old statistics
         return batch, (1 - (target - value).var() / target.var().clamp(min=1e-8)).item()
 
-    def measure(self, batch: dict) -> dict:
-        """Sigma, and the chain's noise and gradient, on a part of the batch."""
-        row, few = {}, [batch[name][:128] for name in ("obs", "action", "latent", "advantage")]
-        if self.config.algo == "ncdpo":
-            norms, row["chain_clipped"] = chain_gradient(self.policy, *few)
-            row["chain_gradient_ratio"] = norms[1] / max(norms[-1], 1e-30)
-        if not self.env.discrete:
-            row["sigma"] = self.policy.head.log_std.exp().mean().item()
-            if self.config.algo != "ppo":
-                row["chain_std"] = chain_std(self.policy, few[0])
-        return row
-
     def save(self, run: Path) -> None:
         """The checkpoint: tensors, numbers and strings only."""
-        state = {"env": self.env.env_id, "spaces": self.env.spaces, "update": self.done, "seconds": self.seconds,
-                 "rate": self.rate, "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
+        state = {"spaces": self.env.spaces, "update": self.done, "seconds": self.seconds, "rate": self.rate,
+                 "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "random": torch.get_rng_state()}
         write(run / "checkpoint.pt", partial(torch.save, state))
 
@@ -1151,7 +1067,8 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
         require_same(load_config(Path(resume)), config, fixed)
     trainer, run = Trainer(config), Path(resume or "")
     with closing(trainer.env):
-        demos = load_demos(config.demos, trainer.env) if config.demos and not resume else None
+        with told("{}"):
+            demos = demofile.load(config.demos, trainer.env) if config.demos and not resume else None
         if resume:
             trainer.resume(run)
         elif config.init_from:
@@ -1223,7 +1140,7 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
     """
     parser = Parser(usage="python ncdpo.py [--flag value ...]", allow_abbrev=False, description=__doc__.split("\n")[0]
                     + " Defaults in brackets; a task or --demos may have its own (PRESETS).")
-    kinds = typing.get_type_hints(Config)
+    kinds = get_type_hints(Config)
     verbs = parser.add_mutually_exclusive_group()
     verbs.add_argument("--resume", help="go on with this run folder; new may be " + ", ".join(MAY_CHANGE["resume"]))
     verbs.add_argument("--evaluate", help="play this run folder; new may be " + ", ".join(MAY_CHANGE["evaluate"]))
@@ -1232,20 +1149,21 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
         for name, text in fields.items():
             kind, shown = kinds[name], f"{text} [{getattr(Config, name)}]".replace("%", "%%")
             how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
-                choices=typing.get_args(kind)) if typing.get_origin(kind) is Literal else dict(
-                type=(typing.get_args(kind) or [kind])[0], metavar=name.split("_")[-1].upper())
+                choices=get_args(kind)) if get_origin(kind) is Literal else dict(
+                type=(get_args(kind) or [kind])[0], metavar=name.split("_")[-1].upper())
             group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=shown, **how)
     given = vars(parser.parse_args([re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), a) for a in arguments]))
     resume, evaluate = given.pop("resume"), given.pop("evaluate")
     run = resume or evaluate or given.get("init_from")
-    task = partial(Config.for_task, given.get("env", Config.env), demos=given.get("demos"))
-    defaults = load_config(Path(run)) if run else task()
+    task = {name: given[name] for name in ("env", "demos", "device", "vector") if name in given}
+    defaults = load_config(Path(run)) if run else Config.for_task(**{"env": Config.env, **task})
     if run and not (resume or evaluate):  # a new run, that starts where another one ended
         fresh = ("total_timesteps", "demos", "stop_at_return", "runs")
         defaults = dataclasses.replace(defaults, **{name: getattr(Config, name) for name in fresh})
     config = dataclasses.replace(defaults, **given)
     chain, dppo = groups["denoising chain of ncdpo and dppo"], groups["dppo alone"]
     ignored = {"ncdpo": {*dppo}, "ppo": {*chain, *dppo}, "dppo": {"init_std"}}[config.algo]
+    ignored = ignored if config.demos else ignored | {"bc_steps", "bc_learning_rate"}
     for name in (name for name, value in given.items() if value != getattr(defaults, name)):
         flag = "--" + name.replace("_", "-")
         if evaluate and name not in MAY_CHANGE["evaluate"]:

@@ -4,7 +4,7 @@
     python notebooks/demos.py convert hopper_medium-v2.hdf5 demos.npz             # D4RL; needs h5py
     python notebooks/demos.py convert minari:mujoco/hopper/expert-v0 demos.npz    # needs minari[all]
 
-The .npz holds ncdpo.DEMO_KEYS, a row for each environment step, episode by episode; ncdpo.load_demos says more.
+notebooks/demofile.py says what the .npz holds, and reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ncdpo  # noqa: E402
-from ncdpo import DEMO_KEYS, UserError, first_line  # noqa: E402
+from ncdpo import UserError, gist  # noqa: E402
+from notebooks.demofile import DEMO_KEYS  # noqa: E402
 
 D4RL_KEYS = "observations actions rewards terminals timeouts".split()
 
@@ -62,7 +63,7 @@ def read_d4rl(path: str) -> dict[str, np.ndarray]:
         if len(lengths := {x.shape[1] for x in demos.values()}) != 1 or 0 in lengths:
             raise ValueError("its arrays are empty or differ in length")
     except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
-        raise UserError(f"cannot read the arrays {', '.join(D4RL_KEYS)} of {path} ({first_line(error)}).") from None
+        raise UserError(f"cannot read the arrays {', '.join(D4RL_KEYS)} of {path} ({gist(error)}).") from None
     return demos
 
 
@@ -76,7 +77,7 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
         with suppress(Exception):
             known |= minari.list_remote_datasets()
         near = " or ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "one of `minari list remote`"
-        raise UserError(f"Minari cannot load {name!r} ({first_line(error)}); did you mean {near}?") from None
+        raise UserError(f"Minari cannot load {name!r} ({gist(error)}); did you mean {near}?") from None
     if not all(isinstance(x, np.ndarray) for x in (episodes[0].observations, episodes[0].actions)):
         raise UserError(f"observations or actions of minari:{name} are not arrays, but of Dict or Tuple spaces.")
     return {key: np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes])[None] for key in DEMO_KEYS}

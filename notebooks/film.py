@@ -24,7 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ncdpo  # noqa: E402
-from ncdpo import UserError, first_line  # noqa: E402
+from ncdpo import UserError, gist  # noqa: E402
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def drawing(env_id: str):
             warnings.simplefilter("ignore")  # GLFW, on the screen it does not find
             yield
     except Exception as error:
-        raise UserError(f"cannot draw {env_id} ({first_line(error)}); without a screen, MuJoCo tasks need the "
+        raise UserError(f"cannot draw {env_id} ({gist(error)}); without a screen, MuJoCo tasks need the "
                         "environment variable MUJOCO_GL=egl or MUJOCO_GL=osmesa.") from error
 
 

@@ -58,6 +58,10 @@ class SharedTrainer(ncdpo.Trainer):
         if config.num_envs % WORLD or config.minibatch_size % WORLD:
             raise ncdpo.UserError(f"--num-envs and --minibatch-size must be multiples of {WORLD}, the processes: "
                                   "change those flags or that number.")
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count() * (config.device != "cpu")
+        if gpus and (here > gpus or ":" in config.device):
+            raise ncdpo.UserError(f"each of the {here} processes takes one of {gpus} GPUs: --nproc-per-node {gpus} or "
+                                  "fewer, and no number in --device; or give --device cpu.")
         share = ("num_envs", "minibatch_size", "total_timesteps")
         super().__init__(dataclasses.replace(config, **{name: getattr(config, name) // WORLD for name in share}))
         self.batch_size *= WORLD
@@ -85,8 +89,10 @@ class SharedTrainer(ncdpo.Trainer):
             if RANK:  # a mistake of this process alone, whose streams nobody sees
                 print(f"ncdpo: {error}", file=sys.__stderr__)
             raise
+        except torch.cuda.OutOfMemoryError as error:
+            raise ncdpo.UserError("out of memory: give fewer --num-envs or a smaller --minibatch-size") from error
         except RuntimeError as error:
-            raise ncdpo.UserError(f"a process of torchrun has ended ({ncdpo.first_line(error)})") from error
+            raise ncdpo.UserError(f"a process of torchrun has ended ({ncdpo.gist(error)})") from error
         row, finished = rows[RANK], [row for row in rows if row["episodes"]]
         row["episodes"] = sum(other["episodes"] for other in finished)
         for name in {"return", "length", "success"}.intersection(*finished) if finished else ():
@@ -98,7 +104,7 @@ def main(arguments: list[str]) -> int:
     """Entry point of each process; returns the exit code of ncdpo.main."""
     if WORLD < 2:
         return ncdpo.main(arguments)
-    if torch.cuda.is_available():
+    if LOCAL_RANK < torch.cuda.device_count():
         torch.cuda.set_device(LOCAL_RANK)
     distributed.init_process_group()
     ncdpo.Trainer = SharedTrainer

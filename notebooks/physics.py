@@ -8,6 +8,7 @@ Swimmer, v4 and v5, and Ant-v4. Nothing here knows of a policy.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 from functools import partial
@@ -55,10 +56,21 @@ class MujocoPool:
             self.batch.forward(rows)  # derived quantities, and the solver's warm start
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a GPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def size(data) -> int:
+    """Bytes of all arrays in an object of MuJoCo Warp's, and in the objects in it."""
+    return sum(size(x) if dataclasses.is_dataclass(x) else getattr(x, "capacity", 0) for x in vars(data).values())
+
+
 class WarpPool:
     """The same on `device` by MuJoCo Warp: float32 views of its arrays, and nothing ever waits for the device.
 
-    The substeps are recorded once, as a CUDA graph (on a CPU as one of Warp's own), and launched.
+    The substeps are recorded once, as a CUDA graph (on a CPU as one of Warp's own), and launched. Raises ValueError
+    for more worlds than the device has memory for, and for contacts that its arrays had no room for.
     """
 
     def __init__(self, model, num_envs: int, frame_skip: int, fields, device: torch.device):
@@ -70,7 +82,11 @@ class WarpPool:
         warp.config.log_level = warp.LOG_WARNING
         with warp.ScopedDevice(str(device)):
             m, contacts = mujoco_warp.put_model(model), 3 * model.ngeom  # a capsule lies on the floor at two points
-            d = mujoco_warp.make_data(model, num_envs, nconmax=contacts, njmax=4 * contacts + model.njnt)
+            make = partial(mujoco_warp.make_data, model, nconmax=contacts, njmax=4 * contacts + model.njnt)
+            fits = 0.8 * free_memory(device) / (size(make(2)) - size(make(1)))  # the rest is the rollout's
+            if num_envs > fits:
+                raise ValueError(f"the free memory of {device} is enough for --num-envs {fits:.0f}")
+            d = make(num_envs)
             mujoco_warp.step(m, d)  # compiles
             with warp.ScopedCapture() as step:
                 for _ in range(frame_skip):
@@ -79,13 +95,19 @@ class WarpPool:
                 mujoco_warp.forward(m, d)
         stream = warp.stream_from_torch(device) if device.type == "cuda" else None
         self._step, self._forward = (partial(warp.capture_launch, x.graph, stream) for x in (step, forward))
-        views = {name: warp.to_torch(getattr(d, name)) for name in ("qpos", "qvel", "ctrl", "qacc_warmstart", *fields)}
-        vars(self).update(views)
+        names = ("qpos", "qvel", "ctrl", "overflow", "qacc_warmstart", *fields)
+        vars(self).update(views := {name: warp.to_torch(getattr(d, name)) for name in names})
+        T = mujoco_warp.OverflowType
+        self.lost = int(T.NEFC | T.NJMAX_NNZ | T.BROADPHASE | T.NARROWPHASE | T.CCD)
+        self.news = torch.zeros((), dtype=torch.int32, pin_memory=device.type == "cuda")
         self.derived, self.arrays = [views[name] for name in ("qacc_warmstart", *fields)], (m, d)  # kept alive
 
     def step(self, ctrl):
         self.ctrl.copy_(ctrl)
         self._step()
+        if self.news.numpy():  # of the step before: what is copied now comes when it comes, and nobody waits
+            raise ValueError("contacts were lost, for which MuJoCo Warp's arrays have no room: give --vector sync")
+        self.news.copy_((self.overflow & self.lost).amax(), non_blocking=True)
 
     def restart(self, where, states):
         qpos, qvel = states()
