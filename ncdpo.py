@@ -523,7 +523,7 @@ def make_vec(env_id: str, num_envs: int, device: torch.device):
     `policy_dim`, how many of the first numbers of an observation the policy sees (the critic sees all); `success`, None
     or (N,), 1 where the last step ended an episode well.
     """
-    module, _, name = env_id.partition(":")
+    module, _, name = env_id.replace("vmas:", "notebooks.games:", 1).partition(":")
     with told(f"cannot make {env_id}: {{}}"):
         make = getattr(importlib.import_module(module), "make_vec", None) if name else None
         return make and make(name, num_envs, device)
@@ -735,7 +735,7 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **change
                 act = partial(NCDPO.act, load_agent(Path(run), device, **{**changed, "eta": 0.0})[1].policy)
             torch.manual_seed(seed)
             obs, alive, sums = env.reset(seed), np.ones(N, bool), np.zeros((len(names), N))
-            while alive.any():
+            while alive.any() and sums[1].max() < 100_000:  # a task without a time limit may never end
                 omega, noise = policy.noise(N, device=device)
                 noise = noise if way == "exploring" else torch.zeros_like(noise)
                 obs, reward, terminated, truncated, _ = env.step(act(agent.obs_norm(obs), omega, noise)[0])
@@ -1169,7 +1169,8 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
         if evaluate and name not in MAY_CHANGE["evaluate"]:
             raise UserError(f"a saved run is played as it was trained: leave out {flag}.")
         if name in ignored:
-            raise UserError(f"{flag} has no effect on --algo {config.algo}: leave it out.")
+            without = " without --demos" * name.startswith("bc_")
+            raise UserError(f"{flag} has no effect on --algo {config.algo}{without}: leave it out.")
     return config, resume, evaluate
 
 

@@ -571,6 +571,7 @@ def test_ppo_loss_is_the_clipped_objective(float64, algo):  # E11, E12, E15
 
 def test_clip_is_the_same_for_all_of_dppos_steps_unless_the_first_ones_is_given():
     assert make_policy("dppo", denoising_steps=5).clip_scale.tolist() == [1] * 5
+    assert make_policy("dppo", scored_steps=1, clip_coef=0.4, clip_coef_first=0.1).clip_scale.tolist() == [1]
     scale = make_policy("dppo", denoising_steps=5, clip_coef=0.4, clip_coef_first=0.1).clip_scale
     assert (0.4 * scale[[0, -1]]).tolist() == pytest.approx([0.1, 0.4]) and (scale.diff() > 0).all()
 
@@ -1812,6 +1813,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--algo", "ppo", "--denoising-steps", "3"], "--denoising-steps has no effect on --algo ppo"),
     (["--algo", "ppo", "--min-std", "0.3"], "--min-std has no effect on --algo ppo"),
     (["--scored-steps", "2"], "--scored-steps has no effect on --algo ncdpo"),
+    (["--bc-steps", "2"], "--bc-steps has no effect on --algo ncdpo without --demos"),
     (["--algo", "dppo", "--init-std", "0.3"], "--init-std has no effect on --algo dppo"),
     (["--algo", "sac"], "--algo"),
     (["--momentum", "0.9"], "--momentum"),
@@ -1827,6 +1829,17 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capsy
         flags = ["--env", "CartPole-v1", *flags]
     assert words in complaint(capsys, "--runs", tmp_path / "runs", "--no-compile", *flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_file_alone_in_a_folder_trains_and_says_what_it_cannot_do(tmp_path):
+    shutil.copy(HERE / "ncdpo.py", tmp_path)
+    run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)
+    small = ["--num-steps", "32", "--total-timesteps", "2048", "--no-compile", "--episodes", "1"]
+    assert run([sys.executable, "ncdpo.py", "--env", "Hopper-v4", *small]).returncode == 0
+    row = rows_of(tmp_path / "runs" / "Hopper-v4__ncdpo__1")[-1]
+    assert row["approx_kl"] and not row["chain_std"] and not row["sigma"]
+    refused = run([sys.executable, "ncdpo.py", "--env", "Hopper-v4", "--demos", "demos.npz", *small])
+    assert refused.returncode == 2 and "needs this project's notebooks/demofile.py" in refused.stderr
 
 
 def test_runs_that_cannot_be_a_folder_is_a_mistake(tmp_path, capsys):
