@@ -523,7 +523,7 @@ def make_vec(env_id: str, num_envs: int, device: torch.device):
     `policy_dim`, how many of the first numbers of an observation the policy sees (the critic sees all); `success`, None
     or (N,), 1 where the last step ended an episode well.
     """
-    module, _, name = env_id.replace("vmas:", "notebooks.games:", 1).partition(":")
+    module, _, name = re.sub("^vmas:", "notebooks.games:", env_id).partition(":")
     with told(f"cannot make {env_id}: {{}}"):
         make = getattr(importlib.import_module(module), "make_vec", None) if name else None
         return make and make(name, num_envs, device)
