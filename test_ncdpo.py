@@ -2492,6 +2492,14 @@ def test_permuting_agents_permutes_their_actions_and_only_the_critic_sees_the_ot
     assert (value(moved) != value(obs)).all()
 
 
+def test_speed_tells_what_the_adapter_of_a_game_costs(games, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(HERE / "notebooks"))
+    monkeypatch.setattr(ncdpo.torch, "compile", lambda function, **_: function)
+    importlib.import_module("speed").main("--env vmas:coded --device cpu --num-envs 4 --num-steps 8".split())
+    first = capsys.readouterr().out.splitlines()[0]
+    assert float(re.fullmatch(r"4 worlds: a step through the adapter takes ([\d.]+) of VMAS's own", first)[1]) > 0
+
+
 def test_a_world_ends_and_begins_again_without_the_others(games):
     """Worlds 0 to 3 terminate after 3 to 6 steps, those behind them are truncated after 7, world 4 is both."""
     env = VectorEnv("notebooks.games:coded?max_steps=7&critic=own", 6, CPU)

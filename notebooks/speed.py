@@ -3,6 +3,7 @@
     python notebooks/speed.py                                                   # this machine's CPU
     python notebooks/speed.py --device cuda --num-envs 4096 8192 16384          # physics by MuJoCo Warp, on the GPU
     python notebooks/speed.py --vector sync --num-envs 64                       # Gymnasium's environments
+    python notebooks/speed.py --env "vmas:football?n_red_agents=1" --num-envs 256   # and what the adapter of VMAS costs
 
 Environment steps a second, the best of three rounds after one that is not counted (it compiles). Training is a rollout
 of --num-steps steps and its update, in 4 minibatches, 4 epochs. The peak memory is that of a GPU.
@@ -43,6 +44,20 @@ def simulate(env: ncdpo.VectorEnv, steps: int):
     return lambda: [env.step(action) for action in actions]
 
 
+def adapter(env: ncdpo.VectorEnv, steps: int) -> float:
+    """What a step through the adapter of a game costs in units of the game's own, taken in turn; no episode ends."""
+    ours, theirs, game = 0.0, 0.0, env.envs.game
+    for _ in range(3):
+        env.reset(1)
+        ours += best(simulate(env, steps), env.device, 1)
+        actions = torch.randint(env.act_dim, (steps, env.num_envs)) if env.discrete else torch.rand(
+            steps, env.num_envs, env.act_dim)
+        parts = [list(a.to(env.device).view(env.envs.worlds, env.envs.agents, -1).unbind(1)) for a in actions]
+        env.reset(1)
+        theirs += best(lambda: [game.step(part) for part in parts], env.device, 1)
+    return ours / theirs
+
+
 def measure(config: ncdpo.Config) -> tuple[float, float, float]:
     """Environment steps a second of the simulator alone and of training; peak memory in GiB, NaN without a GPU."""
     trainer = ncdpo.Trainer(config)
@@ -65,6 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-steps", type=int, default=32)
     parser.add_argument("--denoising-steps", type=int, nargs="+", default=[5])
     line = parser.parse_args(arguments)
+    if line.env.startswith("vmas:"):
+        for num_envs in line.num_envs:
+            env = ncdpo.VectorEnv(line.env, num_envs, ncdpo.pick_device(line.device))
+            print(f"{num_envs} worlds: a step through the adapter takes {adapter(env, line.num_steps):.3f} of VMAS's own")
     print("| environments | policy | simulator alone, steps/s | training, steps/s | of it | peak GiB |")
     print("|---" * 6 + "|")
     for num_envs in line.num_envs:
