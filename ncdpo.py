@@ -866,9 +866,8 @@ SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split
 MAY_CHANGE = {"resume": "total_timesteps stop_at_return episodes checkpoint_every device vector compile".split(),
               "evaluate": "episodes device sampling_steps".split()}
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
-    # a GPU's worlds step together: many of them, played for a short while (notebooks/RESULTS.md has the return)
     "HalfCheetah on a GPU": dict(num_envs=4096, num_steps=32, minibatch_size=16384, learning_rate=1e-3,
-                                 total_timesteps=50_000_000),
+                                 total_timesteps=30_000_000),  # worlds step together: many of them, for a short while
     "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, gamma=0.99, gae_lambda=0.95,
                            num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4, critic_warmup=4,
                            critic_learning_rate=1e-3,  # whatever the task; and what follows is ours: less chain noise

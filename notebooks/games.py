@@ -1,7 +1,7 @@
 """Multi-agent games of VMAS (pip install vmas) as an environment of ncdpo.py: every agent is a row of the batch.
 
-    python ncdpo.py --env "notebooks.games:football?n_blue_agents=3&n_red_agents=1" --num-envs 64
-    python ncdpo.py --env "notebooks.games:balance?n_agents=3&continuous=1&max_steps=100&critic=own"
+    python ncdpo.py --env "vmas:football?n_blue_agents=3&n_red_agents=1" --num-envs 64
+    python ncdpo.py --env "vmas:balance?n_agents=3&continuous=1&critic=own"
 
 Any scenario whose agents share their spaces will do. Behind the question mark are the scenario's own arguments and
     max_steps     steps after which an episode is truncated [200, football 500]
