@@ -79,11 +79,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-envs", type=int, nargs="+", default=[32, 64, 256])
     parser.add_argument("--num-steps", type=int, default=32)
     parser.add_argument("--denoising-steps", type=int, nargs="+", default=[5])
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     line = parser.parse_args(arguments)
     if line.env.startswith("vmas:"):
         for num_envs in line.num_envs:
             env = ncdpo.VectorEnv(line.env, num_envs, ncdpo.pick_device(line.device))
-            print(f"{num_envs} worlds: a step through the adapter takes {adapter(env, line.num_steps):.3f} of VMAS's own")
+            cost = adapter(env, line.num_steps)
+            print(f"{num_envs} worlds: a step through the adapter takes {cost:.3f} of VMAS's own")
     print("| environments | policy | simulator alone, steps/s | training, steps/s | of it | peak GiB |")
     print("|---" * 6 + "|")
     for num_envs in line.num_envs:
@@ -91,7 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
             batch = num_envs * line.num_steps
             alone, training, memory = measure(ncdpo.Config(
                 env=line.env, algo=algo, device=line.device, vector=line.vector, num_envs=num_envs, update_epochs=4,
-                num_steps=line.num_steps, minibatch_size=batch // 4, total_timesteps=100 * batch, denoising_steps=K))
+                num_steps=line.num_steps, minibatch_size=batch // 4, total_timesteps=100 * batch, denoising_steps=K,
+                compile=not line.no_compile))
             policy = f"NCDPO, K = {K}" if algo == "ncdpo" else "MLP"
             print(f"| {num_envs} | {policy} | {alone:,.0f} | {training:,.0f} | {training / alone:.0%} | {memory:.2f} |",
                   flush=True)
