@@ -25,8 +25,8 @@ its end makes the likelihood exact; and plain PPO then sends its gradient back t
     python ncdpo.py --env Hopper-v4 --demos demos.npz     # clone demonstrations, then improve the clone
 
 Sections: 1 noise schedule, 2 networks, 3 the noise-conditioned policy, 4 PPO (these four are NCDPO; they need torch and
-math only, and can be pasted elsewhere), 5 the two baselines, 6 environments, 7 rollout, 8 cloning, 9 run folder,
-10 configuration and training, 11 command line.
+math only, and can be pasted elsewhere), 5 the two baselines, 6 environments, 7 rollout, 8 run folder, 9 configuration
+and training, 10 command line.
 Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits; in section 4
 the advantage), K denoising steps that are run, M scored decisions per action, T steps of a rollout, N environments.
 """
@@ -58,12 +58,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.optim import swa_utils
 
-try:  # MuJoCo in batches and on a GPU, measurements of the chain, reading demonstrations: alone, this file does without
-    from notebooks import demofile, health, physics
-except ImportError:
-    demofile = health = physics = None
+# demonstrations, columns of the chain, MuJoCo in batches and on a GPU: alone in a folder, this file does without them
+cloning, health, physics = (importlib.import_module(f"notebooks.{name}") if path.exists() else None for name, path in (
+    (name, Path(__file__).resolve().parent / "notebooks" / f"{name}.py") for name in ("cloning", "health", "physics")))
 
 # ===== 1  Noise schedule ==============================================================================================
 
@@ -396,7 +394,7 @@ class DPPO(NCDPO):
                  gamma_denoising: float = 0.99, clip_rise: float = 1.0, **more):
         super().__init__(*dims, **{"head": Gaussian(dims[1], min_std, fixed=True), **more})
         self.M, self.chain_gradient = scored_steps or self.K, chain_gradient
-        steps_to_go, rise = torch.arange(self.M - 1, -1, -1), torch.linspace(3, 0, self.M).flip(0)
+        steps_to_go, rise = torch.arange(self.M - 1, -1, -1), torch.linspace(3, 0, self.M).flip(0)  # ends at 3
         tables = dict(std=(self.noise_scale * self.schedule.sigma).clamp(min=min_std), ks=steps_to_go + 1,
                       weight=gamma_denoising ** steps_to_go.float(),  # discounts the advantage
                       clip_scale=clip_rise + (1 - clip_rise) * rise.expm1() / math.expm1(3))  # of the first step, to 1
@@ -450,12 +448,12 @@ class UserError(Exception):
 def gist(error: BaseException) -> str:
     """The gist of somebody else's exception."""
     text = textwrap.shorten(str(error), 400, placeholder=" ...")
-    return text if " " in text else f"{type(error).__name__} {text}"  # of a KeyError, say, text is but the key
+    return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or " " not in text else text
 
 
 @contextmanager
 def told(message: str):
-    """Somebody else's exception in this block becomes a UserError: `message`, with its gist in place of {}."""
+    """Somebody else's exception in this block becomes a UserError: `message` with its gist for {} (f"...{{}}")."""
     try:
         yield
     except Exception as error:  # a damaged file, a missing display, a mistake in a task's code: it can be anything
@@ -531,10 +529,10 @@ def make_vec(env_id: str, num_envs: int, device: torch.device):
 
 def make_env(env_id: str, **more) -> gym.Env:
     """gym.make without warnings of age; raises UserError for an unknown name or a task that cannot be made."""
-    opengl = " (unset MUJOCO_GL, or set it to egl or osmesa)" if "MUJOCO_GL" in os.environ else ""
+    opengl = " (if that is of OpenGL: unset MUJOCO_GL, or give egl or osmesa)" if "MUJOCO_GL" in os.environ else ""
     with told(f"cannot make {env_id}: {{}}{opengl}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
-        if "mujoco" in str(gym.spec(env_id.split(":")[-1]).entry_point):
+        if "mujoco" in str(gym.registry.get(env_id.split(":")[-1])):
             import mujoco
             mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of Gymnasium's models, N times
         return gym.make(env_id, disable_env_checker=True, **more)
@@ -628,46 +626,7 @@ def discounted_sums(reward, ended, carry, gamma: float):
     return sums, carry
 
 
-# ===== 8  Behaviour cloning ===========================================================================================
-
-def clone(agent: Agent, config: Config, demos) -> None:
-    """Behaviour cloning (E2): Adam, a cosine schedule, and at the end a moving average of the weights.
-
-    `demos` as notebooks/demofile.py reads them: observations (n, S), actions (n, A) in [-1, 1], episode numbers (n,). A
-    twentieth of the episodes is held out; its loss is printed beside the other.
-    """
-    obs, action, episode = demos
-    agent.obs_norm.update(obs)
-    obs, episodes, policy = agent.obs_norm(obs), np.unique(episode), agent.policy
-    held_out = np.random.default_rng(config.seed).permutation(episodes)[:math.ceil(len(episodes) / 20)]
-    held_out = np.isin(episode, held_out)
-    seen, unseen = (torch.as_tensor(np.flatnonzero(x), device=obs.device) for x in (~held_out, held_out))
-    optimizer = torch.optim.Adam(policy.parameters(), config.bc_learning_rate)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.bc_steps)
-    decay = max(0.0, 1 - 10 / config.bc_steps)  # the last tenth of the steps
-    average = swa_utils.AveragedModel(policy, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
-    total, every = 0.0, max(1, config.bc_steps // 20)
-    for step in range(1, config.bc_steps + 1):
-        pick = seen[torch.randint(len(seen), (256,), device=obs.device)]
-        loss = policy.bc_loss(obs[pick], action[pick])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        cosine.step()
-        average.update_parameters(policy)
-        total += loss.detach()
-        if step % every == 0:
-            with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
-                torch.manual_seed(0)  # the same noise each time, so that only learning moves the loss
-                unseen_loss = average.module.bc_loss(obs[unseen], action[unseen])
-            print(f"{step:>13,} cloning steps, loss {total / every:.4f}, held out {unseen_loss:.4f}", flush=True)
-            total = 0.0
-    policy.load_state_dict(average.module.state_dict())
-    if config.finetune_steps and config.algo != "ppo":
-        policy.denoiser.frozen.load_state_dict(policy.denoiser.denoiser.state_dict())
-
-
-# ===== 9  Run folder ==================================================================================================
+# ===== 8  Run folder ==================================================================================================
 
 COLUMNS = ("update step seconds episodes return length success approx_kl last_kl clip_fraction explained_variance "
            "policy_loss value_loss entropy grad_norm sigma chain_std chain_gradient_ratio chain_clipped learning_rate "
@@ -687,13 +646,13 @@ def new_run_folder(config: Config) -> Path:
 def write(path: Path, to) -> None:
     """Let to(file) write `path` atomically: a full disk or a kill in the middle leaves the old file as it was."""
     temporary = path.with_suffix(".tmp")
-    try:
-        with told(f"cannot write {path} ({{}}); check its folder and the free space"):
+    with told(f"cannot write {path} ({{}}); check its folder and the free space"):
+        try:
             with open(temporary, "wb") as file:
                 to(file)
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_config(run: Path) -> Config:
@@ -718,15 +677,16 @@ def load_agent(run: Path, device: torch.device, **changed) -> tuple[Config, Agen
 
 @torch.no_grad()
 def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **changed) -> dict:
-    """Play `episodes` whole episodes of a saved run in each of three ways: {way: {"return", "length": arrays}}.
+    """Play `episodes` episodes of a saved run, each to 100,000 steps, in three ways: {way: {"return": array, ...}}.
 
     "exploring" is the policy as it was trained; "mean action", the one to report, leaves out the final Gaussian (or
     takes the likeliest choice); "eta 0" leaves out all noise of the chain but x_K as well (DDIM), as policies are often
     deployed. Each environment plays one episode, so that short ones are not over-represented; of a game, `episodes`
-    worlds, each agent has an entry, and "success" too. `changed` are fields of Config, say sampling_steps.
+    worlds, each agent has an entry. Also "length", and of a game "success". `changed` are fields of Config.
     """
-    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's random state stays
-        config, agent, _ = load_agent(Path(run), device := pick_device(device), **changed)
+    device = pick_device(device)
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        config, agent, _ = load_agent(Path(run), device, **changed)
         policy, result, act, seed = agent.policy, {}, agent.policy.act, 1_000_003 + config.seed  # apart from training's
         env = VectorEnv(config.env, episodes, device, "sync", config.action_chunk)
         N, names = env.num_envs, ["return", "length"] + ["success"] * (env.envs.success is not None)
@@ -761,14 +721,14 @@ def read_metrics(run: str | Path) -> dict[str, np.ndarray]:
     return dict(zip(names, table.T))
 
 
-# ===== 10  Configuration and training =================================================================================
+# ===== 9  Configuration and training ==================================================================================
 
 @dataclasses.dataclass
 class Config:
     """Everything that decides a run; the lines below are also what --help prints. PRESETS has the tasks' own values."""
 
     # --- run
-    env: str = "HalfCheetah-v4"  # Gymnasium id, or module:name of a task or game of your own
+    env: str = "HalfCheetah-v4"  # Gymnasium id, module:name of a task of your own, or vmas:scenario of a game
     algo: Literal["ncdpo", "ppo", "dppo"] = "ncdpo"  # what the policy is; nothing else differs
     seed: int = 1  # seed of the weights, the noise and the environments
     total_timesteps: int = 1_000_000  # environment steps, summed over the environments (or a game's agents)
@@ -826,12 +786,12 @@ class Config:
     mean_log_prob: bool = False  # average log-likelihoods over a Box action's coordinates instead of summing them
 
     @classmethod
-    def for_task(cls, env: str, **given) -> "Config":
-        """The defaults of a task: those above, then PRESETS of its family or of cloning, then what is given."""
+    def for_task(cls, env: str = "HalfCheetah-v4", **given) -> "Config":
+        """The defaults of a task: those above, then PRESETS of its family, a GPU or cloning, then what is given."""
         family = "demonstrations" if given.get("demos") else env.split("/")[-1].rsplit("-v", 1)[0]
-        if (physics and given.get("vector") != "sync" and importlib.util.find_spec("mujoco_warp")
-                and pick_device(given.get("device", cls.device)).type == "cuda"):
-            family = f"{family} on a GPU" if f"{family} on a GPU" in PRESETS else family
+        gpu = f"{env.rsplit('-v', 1)[0]} on a GPU"  # for --device cuda: what a command does depends on itself alone
+        if given.get("device", "").startswith("cuda") and not given.get("demos") and given.get("vector") != "sync":
+            family = gpu if gpu in PRESETS and physics and importlib.util.find_spec("mujoco_warp") else family
         return cls(**{"env": env, **PRESETS.get(family, {}), **given})
 
     def check(self) -> None:
@@ -851,8 +811,6 @@ class Config:
             raise UserError(f"this must hold, and does not: {order}.")
         if self.adaptive_lr and not self.target_kl or self.critic_warmup and not self.critic_learning_rate:
             raise UserError("--adaptive-lr needs --target-kl, and --critic-warmup needs --critic-learning-rate.")
-        if self.demos and not demofile:
-            raise UserError("--demos needs this project's notebooks/demofile.py beside this file.")
         if self.demos and self.init_from:
             raise UserError("--demos clones a new policy, --init-from starts from an old one: leave out one of them.")
 
@@ -979,8 +937,8 @@ class Trainer:
         reward = self.rollout.reward  # NaN has a place there only in chunks that were cut short
         rewards = reward[..., 0].sum() + reward.sum(-1)[self.rollout.ended == 0].sum()
         if not all(map(math.isfinite, [rewards, *row.values()])):  # a wrong observation is in the loss by now
-            raise UserError(f"a reward, an observation or the loss is not finite in update {self.done + 1} (the loss "
-                            "may be with a lower --learning-rate)")
+            raise UserError(f"a reward, an observation or the loss is not finite in update {self.done + 1} (if it is "
+                            "the loss: lower --learning-rate)")
         if config.adaptive_lr and not warm_up:  # factor and bounds as usual for legged robots
             kl = row["last_kl"] / config.target_kl
             self.rate = min(max(self.rate * (1 / 1.5 if kl > 1 else 1.5 if kl < 0.5 else 1), 1e-5), 1e-2)
@@ -1066,8 +1024,12 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
         require_same(load_config(Path(resume)), config, fixed)
     trainer, run = Trainer(config), Path(resume or "")
     with closing(trainer.env):
-        with told("{}"):
-            demos = demofile.load(config.demos, trainer.env) if config.demos and not resume else None
+        demos = None
+        if config.demos and not resume:
+            if not cloning:
+                raise UserError("--demos needs this project's notebooks/cloning.py beside this file.")
+            with told("{}"):  # what it says is the user's mistake
+                demos = cloning.load(config.demos, trainer.env)
         if resume:
             trainer.resume(run)
         elif config.init_from:
@@ -1080,7 +1042,7 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
               f"({trainer.env.vector}) on {trainer.device};",
               f"going on after update {trainer.done} in" if resume else "writing", run, flush=True)
         if demos:
-            clone(trainer.agent, config, demos)
+            cloning.clone(trainer.agent, config, demos)
             trainer.save(run)
         run_updates(trainer, run)
     print(describe(evaluate(run, config.episodes, str(trainer.device))), flush=True)
@@ -1118,7 +1080,7 @@ def run_updates(trainer: Trainer, run: Path) -> None:
         raise kind(f"{str(error) or 'interrupted'}; {kept}") from error
 
 
-# ===== 11  Command line ===============================================================================================
+# ===== 10  Command line ===============================================================================================
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1138,7 +1100,7 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
     Raises UserError for a flag that this --algo would ignore.
     """
     parser = Parser(usage="python ncdpo.py [--flag value ...]", allow_abbrev=False, description=__doc__.split("\n")[0]
-                    + " Defaults in brackets; a task or --demos may have its own (PRESETS).")
+                    + " Defaults in brackets; a task, --demos or --device cuda may have its own (PRESETS).")
     kinds = get_type_hints(Config)
     verbs = parser.add_mutually_exclusive_group()
     verbs.add_argument("--resume", help="go on with this run folder; new may be " + ", ".join(MAY_CHANGE["resume"]))
@@ -1155,7 +1117,7 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
     resume, evaluate = given.pop("resume"), given.pop("evaluate")
     run = resume or evaluate or given.get("init_from")
     task = {name: given[name] for name in ("env", "demos", "device", "vector") if name in given}
-    defaults = load_config(Path(run)) if run else Config.for_task(**{"env": Config.env, **task})
+    defaults = load_config(Path(run)) if run else Config.for_task(**task)
     if run and not (resume or evaluate):  # a new run, that starts where another one ended
         fresh = ("total_timesteps", "demos", "stop_at_return", "runs")
         defaults = dataclasses.replace(defaults, **{name: getattr(Config, name) for name in fresh})
@@ -1163,7 +1125,7 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
     chain, dppo = groups["denoising chain of ncdpo and dppo"], groups["dppo alone"]
     ignored = {"ncdpo": {*dppo}, "ppo": {*chain, *dppo}, "dppo": {"init_std"}}[config.algo]
     ignored = ignored if config.demos else ignored | {"bc_steps", "bc_learning_rate"}
-    for name in (name for name, value in given.items() if value != getattr(defaults, name)):
+    for name in [name for name in given if given[name] != getattr(defaults, name)]:
         flag = "--" + name.replace("_", "-")
         if evaluate and name not in MAY_CHANGE["evaluate"]:
             raise UserError(f"a saved run is played as it was trained: leave out {flag}.")

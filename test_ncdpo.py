@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ncdpo
 from ncdpo import UserError, VectorEnv, main, make_env
-from notebooks import demofile, health, physics
+from notebooks import cloning, health, physics
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -976,14 +976,14 @@ def test_what_warp_cannot_do_is_told_in_one_line(capsys, monkeypatch, tmp_path, 
 
 
 def test_a_gpu_has_presets_of_its_own(monkeypatch):
-    monkeypatch.setattr(ncdpo, "pick_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "mujoco_warp")
     preset = ncdpo.PRESETS["HalfCheetah on a GPU"]
-    for flags in ([], ["--device", "cuda"], ["--algo", "ppo"]):
-        chosen = vars(ncdpo.parse(["--env", "HalfCheetah-v4", *flags])[0])
+    for flags in ([], ["--algo", "ppo"]):
+        chosen = vars(ncdpo.parse(["--env", "HalfCheetah-v4", "--device", "cuda", *flags])[0])
         assert {name: chosen[name] for name in preset} == preset and preset["num_envs"] > 1000
-    assert ncdpo.parse(["--env", "HalfCheetah-v4", "--num-envs", "8"])[0].num_envs == 8
-    for flags in (["--device", "cpu"], ["--vector", "sync"], ["--env", "CartPole-v1"]):
+    assert ncdpo.parse(["--device", "cuda:1", "--num-envs", "8"])[0].num_envs == 8
+    for flags in ([], ["--device", "cpu"], *(["--device", "cuda", *more] for more in (
+            ["--vector", "sync"], ["--env", "CartPole-v1"], ["--env", "mine/HalfCheetah-v0"]))):
         assert ncdpo.parse(flags)[0].num_envs == ncdpo.Config.num_envs
 
 
@@ -1315,7 +1315,7 @@ def tiny_demos(lengths=(9, 2, 12, 7), seed=0):
             action = np.array([episode / 10, 3 + t / 10], np.float32)
             rows.append((np.array([episode, t, 0, 0, 0, 0], np.float32), action, rng.normal(),
                          t == length - 1 and episode % 2 == 0, t == length - 1 and episode % 2 == 1))
-    return dict(zip(demofile.DEMO_KEYS, (np.array(column) for column in zip(*rows))))
+    return dict(zip(cloning.DEMO_KEYS, (np.array(column) for column in zip(*rows))))
 
 
 def saved(path, demos):
@@ -1327,7 +1327,7 @@ def saved(path, demos):
 def test_chunks_of_demonstrations_never_cross_an_episodes_end(tmp_path, capsys, H):
     demos, lengths = tiny_demos(), (9, 2, 12, 7)
     env = VectorEnv("TinyBox-v0", 2, CPU, chunk=H)
-    obs, action, episode = demofile.load(saved(tmp_path / "d.npz", demos), env)
+    obs, action, episode = cloning.load(saved(tmp_path / "d.npz", demos), env)
     expected = [(e, t) for e, length in enumerate(lengths) for t in range(length - H + 1)]
     assert [tuple(map(int, row)) for row in obs[:, :2].tolist()] == expected
     assert episode.tolist() == [e for e, _ in expected]
@@ -1351,7 +1351,7 @@ DAMAGES = [
     (dict(actions=np.where(ROWS[:, None] == 17, 11.0, np.full((30, 2), 2.5))), "row 17"),
     (dict(truncations=np.zeros(30), terminations=np.zeros(30)), "fewer than two episodes"),
     (dict(truncations=np.ones(30)), "--action-chunk 2"),
-    ({key: np.zeros(0) for key in demofile.DEMO_KEYS}, "need"),
+    ({key: np.zeros(0) for key in cloning.DEMO_KEYS}, "need"),
     (dict(rewards=np.zeros(30, object)), "cannot read"),  # a pickle, which may run anything
     (dict(rewards=np.full(30, "one")), "cannot read"), (dict(rewards=np.float64(1)), "need"),
 ]
@@ -1361,8 +1361,8 @@ def test_damaged_demonstrations_are_told_in_one_line(tmp_path, capsys):
     env, demos, path = VectorEnv("TinyBox-v0", 2, CPU, chunk=2), tiny_demos(), tmp_path / "d.npz"
     for damage, words in DAMAGES:
         with pytest.raises(ValueError, match=words):
-            demofile.load(saved(path, demos | damage), env)
-    without_a_key = saved(tmp_path / "key.npz", {key: demos[key] for key in demofile.DEMO_KEYS[:4]})
+            cloning.load(saved(path, demos | damage), env)
+    without_a_key = saved(tmp_path / "key.npz", {key: demos[key] for key in cloning.DEMO_KEYS[:4]})
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:300])
     (tmp_path / "empty.npz").touch()
@@ -1378,7 +1378,7 @@ def test_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean(capsys, al
     action = torch.where(torch.rand(4000, 1) < 0.5, 0.6, -0.6) + 0.02 * torch.randn(4000, 1)
     c = config(algo=algo, predict=predict, bc_steps=2000, bc_learning_rate=3e-3, hidden=64, denoising_steps=20)
     agent = ncdpo.Agent(c, 2, 1, False)
-    ncdpo.clone(agent, c, (torch.randn(4000, 2), action, np.arange(4000) // 10))
+    cloning.clone(agent, c, (torch.randn(4000, 2), action, np.arange(4000) // 10))
     drawn = agent.policy.sample(torch.randn(1000, 2), deterministic=True)[0]
     if algo == "ppo":
         assert drawn.abs().mean() < 0.15
@@ -1395,7 +1395,7 @@ def test_cloned_one_hot_actions_are_drawn_as_often_as_they_were_shown(predict): 
     action = 2 * torch.nn.functional.one_hot(torch.multinomial(p[state], 1).squeeze(1), 3) - 1.0
     c = config(predict=predict, bc_steps=3000, bc_learning_rate=3e-3, hidden=64, denoising_steps=20)
     agent = ncdpo.Agent(c, 1, 3, True)
-    ncdpo.clone(agent, c, (2.0 * state[:, None] - 1, action, np.arange(8000) // 10))
+    cloning.clone(agent, c, (2.0 * state[:, None] - 1, action, np.arange(8000) // 10))
     for s in (0, 1):
         drawn = agent.policy.sample(agent.obs_norm(torch.full((4000, 1), 2.0 * s - 1)))[0]
         error = (torch.bincount(drawn, minlength=3) / 4000 - p[s]) / (p[s] * (1 - p[s]) * 2 / 4000).sqrt()
@@ -1412,7 +1412,7 @@ def test_a_cloned_expert_with_discrete_actions_reaches_its_return(tmp_path, caps
         rows.append((obs, action, reward[:, 0], terminated, truncated))
         obs = after
     path = saved(tmp_path / "d.npz", {key: torch.stack(x, 1).flatten(0, 1).numpy()
-                                      for key, x in zip(demofile.DEMO_KEYS, zip(*rows))})
+                                      for key, x in zip(cloning.DEMO_KEYS, zip(*rows))})
     ncdpo.train(config(algo=algo, demos=path, total_timesteps=0, denoising_steps=10, bc_steps=2000, hidden=64,
                        runs=str(tmp_path)))
     assert "8 episodes, 4,000 steps, mean return 500.0\n" in capsys.readouterr().out
@@ -1422,7 +1422,7 @@ def test_a_cloned_expert_with_discrete_actions_reaches_its_return(tmp_path, caps
     for wrong in (2, -1, 0.5, np.nan):
         action = np.where(np.arange(4000) == 17, wrong, demos["actions"])
         with pytest.raises(ValueError, match="row 17"):
-            demofile.load(saved(tmp_path / "wrong.npz", demos | {"actions": action}), env)
+            cloning.load(saved(tmp_path / "wrong.npz", demos | {"actions": action}), env)
 
 
 def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_same_noise(capsys):
@@ -1434,7 +1434,7 @@ def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_sa
     bc_loss, episode = agent.policy.bc_loss, np.arange(30).repeat(7)
     agent.policy.bc_loss = lambda obs, action: (
         (trained if torch.is_grad_enabled() else held_out).update(obs[:, 0].tolist()) or bc_loss(obs, action))
-    ncdpo.clone(agent, c, (torch.tensor(episode)[:, None].float(), torch.zeros(210, 1), episode))
+    cloning.clone(agent, c, (torch.tensor(episode)[:, None].float(), torch.zeros(210, 1), episode))
     assert len(held_out) == 2 and trained == set(range(30)) - held_out
     assert len({line.split()[-1] for line in capsys.readouterr().out.splitlines()}) == 1
 
@@ -1447,7 +1447,7 @@ def test_cloning_keeps_the_moving_average_of_its_weights():
         weights.append([p.clone() for p in adam.param_groups[0]["params"]]), rates.append(adam.param_groups[0]["lr"])))
     c = config(bc_steps=n, bc_learning_rate=1e-2)
     agent = ncdpo.Agent(c, 2, 1, False)
-    ncdpo.clone(agent, c, (torch.randn(100, 2), torch.randn(100, 1), np.arange(100) // 5))
+    cloning.clone(agent, c, (torch.randn(100, 2), torch.randn(100, 1), np.arange(100) // 5))
     hook.remove()
     shares = [(0.25 if i else 1) * 0.75 ** (n - 1 - i) for i in range(n)]
     assert sum(shares) == pytest.approx(1)
@@ -1479,7 +1479,7 @@ def test_init_from_reproduces_the_clones_evaluation_exactly(clone, tmp_path):
 
 def test_clone_starts_from_the_demonstrations_statistics_and_dppo_starts_from_ncdpos_clone(clone):
     run, path, given = clone
-    obs = demofile.load(path, VectorEnv("TinyBox-v0", 2, CPU, chunk=2))[0]
+    obs = cloning.load(path, VectorEnv("TinyBox-v0", 2, CPU, chunk=2))[0]
     trainer = ncdpo.Trainer(config(algo="dppo", min_std=0.3, **given))
     trainer.init_from(run)
     torch.testing.assert_close(trainer.agent.obs_norm.mean, obs.mean(0))
@@ -1833,13 +1833,17 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capsy
 
 def test_the_file_alone_in_a_folder_trains_and_says_what_it_cannot_do(tmp_path):
     shutil.copy(HERE / "ncdpo.py", tmp_path)
-    run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)
+    run = lambda *flags: subprocess.run([sys.executable, "ncdpo.py", *map(str, flags)], capture_output=True, text=True,
+                                        cwd=tmp_path)
     small = ["--num-steps", "32", "--total-timesteps", "2048", "--no-compile", "--episodes", "1"]
-    assert run([sys.executable, "ncdpo.py", "--env", "Hopper-v4", *small]).returncode == 0
+    assert run("--env", "Hopper-v4", *small).returncode == 0
     row = rows_of(tmp_path / "runs" / "Hopper-v4__ncdpo__1")[-1]
     assert row["approx_kl"] and not row["chain_std"] and not row["sigma"]
-    refused = run([sys.executable, "ncdpo.py", "--env", "Hopper-v4", "--demos", "demos.npz", *small])
-    assert refused.returncode == 2 and "needs this project's notebooks/demofile.py" in refused.stderr
+    saved_as = tmp_path / "runs" / "Hopper-v4__ncdpo__1" / "config.json"
+    saved_as.write_text(saved_as.read_text().replace('"demos": null', '"demos": "demos.npz"'))
+    assert run("--evaluate", saved_as.parent, "--episodes", 1).returncode == 0
+    refused = run("--env", "Hopper-v4", "--demos", "demos.npz", *small)
+    assert refused.returncode == 2 and "needs this project's notebooks/cloning.py" in refused.stderr
 
 
 def test_runs_that_cannot_be_a_folder_is_a_mistake(tmp_path, capsys):
@@ -2041,7 +2045,7 @@ def saved_hdf5(path, arrays):
 
 def loaded(path):
     with np.load(path, allow_pickle=False) as file:
-        assert set(file) == set(demofile.DEMO_KEYS)
+        assert set(file) == set(cloning.DEMO_KEYS)
         return dict(file)
 
 
@@ -2058,7 +2062,7 @@ def test_recorded_demonstrations_are_what_the_run_plays(demos, clone, tmp_path, 
     np.testing.assert_allclose(own["rewards"], played + obs[:, 0], rtol=1e-5)
     whole = own["rewards"].reshape(2, 2002)[:, :2000].sum() / 500  # the last two steps of each environment are cut off
     assert f"500 whole episodes of mean return {whole:.1f}, 2 cut off" in capsys.readouterr().out
-    demofile.load(str(path), VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
+    cloning.load(str(path), VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
 
 
 @pytest.mark.parametrize("env, least", [("Tiny-v0", 5), ("TinyBox-v0", -1), ("TinyWide-v0", -2)])
@@ -2105,7 +2109,7 @@ def test_d4rl_files_become_the_same_numbers(demos, tmp_path, capsys):
         np.testing.assert_array_equal(array, tiny[key])
     mean = np.mean([tiny["rewards"][tiny["observations"][:, 0] == e].sum() for e in range(4)])
     assert f"30 steps, 4 whole episodes of mean return {mean:.1f}, 0 cut off" in capsys.readouterr().out
-    demofile.load(str(out), VectorEnv("TinyBox-v0", 2, CPU))
+    cloning.load(str(out), VectorEnv("TinyBox-v0", 2, CPU))
 
 
 def test_a_last_episode_without_an_end_is_truncated(demos, tmp_path):

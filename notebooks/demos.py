@@ -4,7 +4,7 @@
     python notebooks/demos.py convert hopper_medium-v2.hdf5 demos.npz             # D4RL; needs h5py
     python notebooks/demos.py convert minari:mujoco/hopper/expert-v0 demos.npz    # needs minari[all]
 
-notebooks/demofile.py says what the .npz holds, and reads it.
+notebooks/cloning.py says what the .npz holds, and reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ncdpo  # noqa: E402
 from ncdpo import UserError, gist  # noqa: E402
-from notebooks.demofile import DEMO_KEYS  # noqa: E402
+from notebooks.cloning import DEMO_KEYS  # noqa: E402
 
 D4RL_KEYS = "observations actions rewards terminals timeouts".split()
 

@@ -11,7 +11,8 @@ import torch
 
 def measure(policy, batch: dict, rows: int = 128) -> dict[str, float]:
     """The columns sigma, chain_std, chain_gradient_ratio and chain_clipped that a policy has, on part of a batch."""
-    row, few = {}, [batch[name][:rows] for name in ("obs", "action", "latent", "advantage")]
+    every = max(1, len(batch["obs"]) // rows)  # from all of the rollout, not its first step alone
+    row, few = {}, [batch[name][::every][:rows] for name in ("obs", "action", "latent", "advantage")]
     if policy.K and not hasattr(policy, "M"):  # NCDPO
         norms, row["chain_clipped"] = chain_gradient(policy, *few)
         row["chain_gradient_ratio"] = norms[1] / max(norms[-1], 1e-30)

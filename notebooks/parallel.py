@@ -55,9 +55,12 @@ class SharedTrainer(ncdpo.Trainer):
     """A Trainer that plays and learns its share, in step with those of the other processes."""
 
     def __init__(self, config: ncdpo.Config):
-        if config.num_envs % WORLD or config.minibatch_size % WORLD:
-            raise ncdpo.UserError(f"--num-envs and --minibatch-size must be multiples of {WORLD}, the processes: "
-                                  "change those flags or that number.")
+        if config.num_envs % WORLD or config.minibatch_size % WORLD or config.minibatch_size < 2 * WORLD:
+            raise ncdpo.UserError(f"--num-envs and --minibatch-size must be multiples of {WORLD}, the processes, and "
+                                  f"the second {2 * WORLD} at least: change those flags or that number.")
+        rollout = config.num_envs * config.num_steps * config.action_chunk
+        if 0 < config.total_timesteps < rollout:
+            raise ncdpo.UserError(f"make --total-timesteps at least {rollout}, the environment steps of a rollout.")
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count() * (config.device != "cpu")
         if gpus and (here > gpus or ":" in config.device):
             raise ncdpo.UserError(f"each of the {here} processes takes one of {gpus} GPUs: --nproc-per-node {gpus} or "

@@ -100,12 +100,13 @@ class WarpPool:
         T = mujoco_warp.OverflowType
         self.lost = int(T.NEFC | T.NJMAX_NNZ | T.BROADPHASE | T.NARROWPHASE | T.CCD)
         self.news = torch.zeros((), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.heard = self.news.numpy()  # the same memory, on the host
         self.derived, self.arrays = [views[name] for name in ("qacc_warmstart", *fields)], (m, d)  # kept alive
 
     def step(self, ctrl):
         self.ctrl.copy_(ctrl)
         self._step()
-        if self.news.numpy():  # of the step before: what is copied now comes when it comes, and nobody waits
+        if self.heard:  # of the step before: what is copied now comes when it comes, and nobody waits
             raise ValueError("contacts were lost, for which MuJoCo Warp's arrays have no room: give --vector sync")
         self.news.copy_((self.overflow & self.lost).amax(), non_blocking=True)
 
