@@ -59,9 +59,14 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# demonstrations, columns of the chain, MuJoCo in batches and on a GPU: alone in a folder, this file does without them
-cloning, health, physics = (importlib.import_module(f"notebooks.{name}") if path.exists() else None for name, path in (
-    (name, Path(__file__).resolve().parent / "notebooks" / f"{name}.py") for name in ("cloning", "health", "physics")))
+
+def beside(name: str):
+    """The module notebooks/<name>.py; None where it is not there, for alone in a folder this file works too."""
+    path = Path(__file__).resolve().parent / "notebooks" / f"{name}.py"
+    return importlib.import_module(f"notebooks.{name}") if path.exists() else None
+
+
+cloning, health, physics = map(beside, ("cloning", "health", "physics"))  # --demos; a run's log; MuJoCo in batches, GPU
 
 # ===== 1  Noise schedule ==============================================================================================
 
