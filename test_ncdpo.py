@@ -1145,6 +1145,20 @@ def test_chain_gradient_measures_the_gradient_at_each_denoising_step(float64):  
     assert health.chain_gradient(policy, obs, action, omega, advantage)[1] == pytest.approx(share) and 0 < share < 1
 
 
+def test_a_chain_is_measured_on_decisions_of_the_whole_rollout(monkeypatch):
+    seen = []
+    monkeypatch.setattr(health, "chain_std", lambda policy, obs: seen.append(obs[:, 0].tolist()) or 0.5)
+    for n in (4096, 1000, 50):
+        batch = {"obs": torch.arange(3.0 * n).view(n, 3), "action": torch.randn(n, 2), "latent": torch.randn(n, 5, 2),
+                 "advantage": torch.randn(n)}
+        row = health.measure(make_policy("ncdpo"), batch)
+        assert set(row) == {"sigma", "chain_std", "chain_gradient_ratio", "chain_clipped"} and row["chain_std"] == 0.5
+        assert len(seen[-1]) == min(n, 128) and seen[-1][0] == 0 and seen[-1][-1] >= 3 * (0.88 * n - 6)
+    assert set(health.measure(make_policy("dppo"), batch)) == {"sigma", "chain_std"}
+    assert set(health.measure(make_policy("ppo"), batch)) == {"sigma"}
+    assert not health.measure(make_policy("ppo", discrete=True), batch)
+
+
 @pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
 def test_chain_std_is_the_deviation_of_the_action_over_the_chains_noise(algo):  # E17
     policy = ncdpo.make_policy(config(algo=algo, predict="epsilon"), 3, 2, False)
