@@ -34,10 +34,13 @@ DIAGNOSTICS = ["approx_kl", "clip_fraction", "explained_variance", "entropy", "s
 OF_EPISODES = ["return", "length", "success"]
 COLUMNS = ["seed", "step", "seconds", "episodes", *OF_EPISODES, *DIAGNOSTICS]
 ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
-LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter"}  # of table and figure
+LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter",  # of table and figure
+         "dppo-1e-3": "DPPO, rate 1e-3", "dppo-official": "DPPO, official settings"}
 STYLES = {"ncdpo": dict(color="#c1272d", linestyle="-"), "ppo": dict(color="#0000a7", linestyle="--"),
           "dppo": dict(color="#777777", linestyle=":"), "ncdpo-quiet": dict(color="#e28413", linestyle="-."),
-          "dppo-quiet": dict(color="#008176", linestyle=(0, (1, 1)))}
+          "dppo-quiet": dict(color="#008176", linestyle=(0, (1, 1))),
+          "dppo-1e-3": dict(color="#008176", linestyle=(0, (1, 1))),
+          "dppo-official": dict(color="#e28413", linestyle="-.")}
 
 
 def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
@@ -282,7 +285,7 @@ def main() -> None:
         curves = load(HERE / "curves" / line.folder)
         print(table(curves))
         compared = {env: by_algo for env, by_algo in curves.items() if len(by_algo) > 1}
-        title = "Fine-tuning" if "finetune" in line.folder else "From scratch"
+        title = "Fine-tuning" if line.folder in ("finetune", "finetune-s5", "field") else "From scratch"
         if compared:
             drawn = against_steps(curves) if line.folder == "steps" else figure(compared, title=title)
             drawn.savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)

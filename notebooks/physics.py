@@ -78,7 +78,7 @@ class WarpPool:
             import mujoco_warp
             import warp
         except ImportError as error:
-            raise ImportError(f"{error}: pip install mujoco-warp") from error
+            raise ImportError(f"{error}: pip install mujoco-warp, with Python 3.11 or newer") from error
         warp.config.log_level = warp.LOG_WARNING
         with warp.ScopedDevice(str(device)):
             m, contacts = mujoco_warp.put_model(model), 3 * model.ngeom  # a capsule lies on the floor at two points
