@@ -210,7 +210,7 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str
     from matplotlib.figure import Figure
 
     unit, name = {"step": (1e6, "million environment steps"), "seconds": (60, "minutes of wall clock")}[against]
-    picture = Figure(figsize=(3.6 * len(curves), 3.1), layout="constrained")
+    picture = Figure(figsize=(max(8, 3.6 * len(curves)), 3.1), layout="constrained")
     for axes, (env, by_algo) in zip(picture.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for algo in (a for a in LINES if a in by_algo):
             curve = by_algo[algo]
