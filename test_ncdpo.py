@@ -2735,6 +2735,7 @@ def test_a_task_of_ones_own_module_is_made_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "my_module.py").write_text("import gymnasium as gym\n"
                                            "gym.register('MyTask-v0', 'gymnasium.envs.classic_control:CartPoleEnv')")
     monkeypatch.syspath_prepend(tmp_path)
+    assert make_env("my_module:MyTask-v0").reset()[0].shape == (4,)  # as film.py makes it, before any import of it
     env = VectorEnv("my_module:MyTask-v0", 2, CPU)
     assert env.reset(1).shape == (2, 4)
     gym.registry.pop("MyTask-v0")
