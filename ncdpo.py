@@ -399,7 +399,7 @@ class DPPO(NCDPO):
                  gamma_denoising: float = 0.99, clip_rise: float = 1.0, **more):
         super().__init__(*dims, **{"head": Gaussian(dims[1], min_std, fixed=True), **more})
         self.M, self.chain_gradient = scored_steps or self.K, chain_gradient
-        steps_to_go, rise = torch.arange(self.M - 1, -1, -1), torch.linspace(3, 0, self.M).flip(0)  # ends at 3
+        steps_to_go, rise = torch.arange(self.M - 1, -1, -1), torch.linspace(3, 0, self.M).flip(0)  # M = 1 is 3
         tables = dict(std=(self.noise_scale * self.schedule.sigma).clamp(min=min_std), ks=steps_to_go + 1,
                       weight=gamma_denoising ** steps_to_go.float(),  # discounts the advantage
                       clip_scale=clip_rise + (1 - clip_rise) * rise.expm1() / math.expm1(3))  # of the first step, to 1
@@ -451,7 +451,7 @@ class UserError(Exception):
 
 
 def gist(error: BaseException) -> str:
-    """The gist of somebody else's exception."""
+    """The gist of somebody else's exception; with its type where the text is but a word, a KeyError's key, say."""
     text = textwrap.shorten(str(error), 400, placeholder=" ...")
     return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or " " not in text else text
 
