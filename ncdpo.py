@@ -681,8 +681,8 @@ def load_agent(run: Path, device: torch.device, **changed) -> tuple[Config, Agen
 
 
 @torch.no_grad()
-def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **changed) -> dict:
-    """Play `episodes` episodes of a saved run, each to 100,000 steps, in three ways: {way: {"return": array, ...}}.
+def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", max_steps: int = 100_000, **changed) -> dict:
+    """Play `episodes` episodes of a saved run, each to max_steps, in three ways: {way: {"return": array, ...}}.
 
     "exploring" is the policy as it was trained; "mean action", the one to report, leaves out the final Gaussian (or
     takes the likeliest choice); "eta 0" leaves out all noise of the chain but x_K as well (DDIM), as policies are often
@@ -700,7 +700,7 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", **change
                 act = partial(NCDPO.act, load_agent(Path(run), device, **{**changed, "eta": 0.0})[1].policy)
             torch.manual_seed(seed)
             obs, alive, sums = env.reset(seed), np.ones(N, bool), np.zeros((len(names), N))
-            while alive.any() and sums[1].max() < 100_000:  # a task without a time limit may never end
+            while alive.any() and sums[1].max() < max_steps:  # a task without a time limit may never end
                 omega, noise = policy.noise(N, device=device)
                 noise = noise if way == "exploring" else torch.zeros_like(noise)
                 obs, reward, terminated, truncated, _ = env.step(act(agent.obs_norm(obs), omega, noise)[0])

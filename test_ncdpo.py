@@ -128,6 +128,7 @@ register("TinyBox-v0", action_space=BOX)
 register("TinyWide-v0", action_space=gym.spaces.Box(-2.0, 6.0, (2,), np.float64), steps=21)
 register("TinyFixed-v0", steps=32, action_space=BOX, random_start=False)
 register("TinyEnds-v0", steps=32, action_space=BOX, terminates_after=7)
+register("TinyEndless-v0", steps=None)
 register("TinyDict-v0", observation_space=gym.spaces.Dict(a=BOX))
 register("TinyMulti-v0", action_space=gym.spaces.MultiDiscrete([2, 3]))
 register("TinyUnbounded-v0", action_space=gym.spaces.Box(-np.inf, np.inf, (2,)))
@@ -1722,6 +1723,14 @@ def test_evaluation_counts_first_episodes_and_leaves_the_noise_out_where_it_says
     assert not len(ended)
 
 
+def test_evaluation_and_film_of_a_task_without_an_end_stop_at_max_steps(film, tmp_path):
+    run = untrained(tmp_path, env="Tiny-v0")
+    saved_as = run / "config.json"
+    saved_as.write_text(saved_as.read_text().replace("Tiny-v0", "TinyEndless-v0"))
+    assert [x["length"].tolist() for x in ncdpo.evaluate(run, 2, "cpu", max_steps=9).values()] == 3 * [[9, 9]]
+    assert len(film.play(run, "cpu", max_steps=11)[2]) == 11
+
+
 def test_evaluation_normalises_as_training_did_and_starts_elsewhere(run, monkeypatch):
     reset, step, mean, norm = VectorEnv.reset, VectorEnv.step, ncdpo.NCDPO.mean, checkpoint_of(run)["agent"]
     starts, shown, seen = [], [], []
@@ -2589,8 +2598,9 @@ def test_a_team_is_trained_recorded_and_cloned(games, demos, tmp_path, capsys, a
     ("footbal", "did you mean football?"), ("football?n_blue=3", "did you mean n_blue_agents?"),
     ("football?multidiscrete_actions=1", "MultiDiscrete"), ("football?critic=both", "joint or own"),
     ("football?max_steps=0", "max_steps"), ("football?n_blue_agents", "n_blue_agents"),
-    ("football?ai_blue_agents=1", "no agent is left"), ("simple_tag", "differ in their spaces"),
-    ("balance?continuous=1 --action-chunk 2", "--action-chunk 1"), ("missing", "pip install vmas")])
+    ("football?n_blue_agents=0", "change these"), ("football?ai_blue_agents=1", "no agent is left"),
+    ("simple_tag", "differ in their spaces"), ("balance?continuous=1 --action-chunk 2", "--action-chunk 1"),
+    ("missing", "pip install vmas")])
 def test_games_refuses_what_it_cannot_play(games, tmp_path, capsys, monkeypatch, name, words):
     if name == "missing":
         monkeypatch.setitem(sys.modules, "vmas", None)

@@ -40,7 +40,7 @@ def drawing(env_id: str):
 
 
 @torch.no_grad()
-def play(run: Path, device: str = "auto") -> tuple[list[np.ndarray], float, list[float]]:
+def play(run: Path, device: str = "auto", max_steps: int = 10_000) -> tuple[list[np.ndarray], float, list[float]]:
     """Frames (height, width, 3) of an episode, uint8; how many a second are true to life; and the rewards (steps,).
 
     The episode is the one that `ncdpo.evaluate(run, episodes=1)` plays by the mean action.
@@ -57,7 +57,7 @@ def play(run: Path, device: str = "auto") -> tuple[list[np.ndarray], float, list
     frames, rewards, chunk, ended = [], [], [], False
     with closing(env):
         obs, _ = env.reset(seed=int(np.random.SeedSequence([seed]).generate_state(1)[0] // 2))  # as VectorEnv.reset
-        while not ended:
+        while not ended and len(rewards) < max_steps:  # a task without a time limit may never end
             if len(rewards) % every == 0:
                 with drawing(config.env):
                     frames.append(env.render())

@@ -115,10 +115,14 @@ class Games:
         from vmas.simulator.environment import Environment
         from vmas.simulator.environment.environment import local_seed
         self.randomness = lambda: local_seed(Environment.vmas_random_state)  # on a CPU VMAS has a generator of its own
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the old gym on the precision of its own boxes
-            self.game = Environment(scenario, num_worlds, device, max_steps, bool(continuous),
-                                    terminated_truncated=True, **arguments)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the old gym on the precision of its own boxes
+                self.game = Environment(scenario, num_worlds, device, max_steps, bool(continuous),
+                                        terminated_truncated=True, **arguments)
+        except Exception as error:  # whatever a scenario does with no agents, or half a one
+            raise ValueError(f"VMAS cannot make it with {arguments} ({type(error).__name__} {error}): change these, or "
+                             "give fewer --num-envs") from error
         self.device, self.worlds, self.agents = device, num_worlds, self.game.n_agents
         self.num_envs = self.worlds * self.agents
         if not self.agents:
