@@ -28,7 +28,8 @@ Sections: 1 noise schedule, 2 networks, 3 the noise-conditioned policy, 4 PPO (t
 math only, and can be pasted elsewhere), 5 the two baselines, 6 environments, 7 rollout, 8 run folder, 9 configuration
 and training, 10 command line.
 Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits; in section 4
-the advantage), K denoising steps that are run, M scored decisions per action, T steps of a rollout, N environments.
+the advantage), K denoising steps (of Schedule and Config: those that were cloned, of a policy: those that are run), M
+scored decisions per action, T decisions of a rollout, N environments.
 """
 
 from __future__ import annotations
@@ -238,7 +239,8 @@ class NCDPO(nn.Module):
         self.denoiser = Denoiser(obs_dim, act_dim, steps, hidden, activation)
 
     def noise(self, *shape, device=None):
-        """All randomness of actions of any leading shape: omega (*shape, K, A) (E9), and the head's (*shape, A)."""
+        """All randomness of actions of any leading shape: omega (*shape, K, A) (E9), already times noise_scale; the
+        head's (*shape, A)."""
         omega = self.noise_scale * torch.randn(*shape, self.K, self.act_dim, device=device)
         return omega, self.head.noise(*shape, self.act_dim, device=device)
 
@@ -333,7 +335,7 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
     log_ratio = (new_log_prob - log_prob) / coordinates  # one for each decision (E11)
     A = (advantage - advantage.mean()) / (advantage.std() + 1e-8) if norm_adv else advantage
     gain, kl, clipped = getattr(policy, "objective", clipped_objective)(log_ratio, A, clip_coef)
-    value_loss, entropy = 0.5 * (critic(obs).squeeze(-1) - target).square().mean(), entropy.mean()
+    value_loss, entropy = 0.5 * F.mse_loss(critic(obs).squeeze(-1), target), entropy.mean()
     loss = -gain + vf_coef * value_loss - ent_coef * entropy
     return loss, {"policy_loss": -gain.detach(), "value_loss": value_loss.detach(), "entropy": entropy.detach(),
                   "approx_kl": kl, "clip_fraction": clipped}
@@ -357,7 +359,7 @@ def ppo_update(loss_function, batch: dict, optimizer, epochs: int = 5, minibatch
             loss.backward()
             norm, *_ = [nn.utils.clip_grad_norm_(g["params"], max_grad_norm) for g in optimizer.param_groups]
             optimizer.step()
-            diagnostics["grad_norm"] = norm.to(loss.device)  # it is on the CPU where nothing had a gradient
+            diagnostics["grad_norm"] = norm
             taken.append(torch.stack(list(diagnostics.values())))
         last_kl = (sum(taken[-per_epoch:]) / per_epoch)[list(diagnostics).index("approx_kl")]
         if target_kl is not None and last_kl > target_kl:
@@ -399,7 +401,8 @@ class DPPO(NCDPO):
                  gamma_denoising: float = 0.99, clip_rise: float = 1.0, **more):
         super().__init__(*dims, **{"head": Gaussian(dims[1], min_std, fixed=True), **more})
         self.M, self.chain_gradient = scored_steps or self.K, chain_gradient
-        steps_to_go, rise = torch.arange(self.M - 1, -1, -1), torch.linspace(3, 0, self.M).flip(0)  # M = 1 is 3
+        steps_to_go = torch.arange(self.M - 1, -1, -1)
+        rise = 3 * (1 - steps_to_go / max(1, self.M - 1))
         tables = dict(std=(self.noise_scale * self.schedule.sigma).clamp(min=min_std), ks=steps_to_go + 1,
                       weight=gamma_denoising ** steps_to_go.float(),  # discounts the advantage
                       clip_scale=clip_rise + (1 - clip_rise) * rise.expm1() / math.expm1(3))  # of the first step, to 1
@@ -685,9 +688,10 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", max_step
     """Play `episodes` episodes of a saved run, each to max_steps, in three ways: {way: {"return": array, ...}}.
 
     "exploring" is the policy as it was trained; "mean action", the one to report, leaves out the final Gaussian (or
-    takes the likeliest choice); "eta 0" leaves out all noise of the chain but x_K as well (DDIM), as policies are often
-    deployed. Each environment plays one episode, so that short ones are not over-represented; of a game, `episodes`
-    worlds, each agent has an entry. Also "length", and of a game "success". `changed` are fields of Config.
+    takes the likeliest choice; DPPO's other steps keep their floor); "eta 0" leaves out all noise of the chain but x_K
+    as well (DDIM), as policies are often deployed. Each environment plays one episode, so that short ones are not
+    over-represented; of a game, `episodes` worlds, each agent has an entry. Also "length", and of a game "success".
+    `changed` are fields of Config.
     """
     device = pick_device(device)
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
@@ -737,7 +741,7 @@ class Config:
     algo: Literal["ncdpo", "ppo", "dppo"] = "ncdpo"  # what the policy is; nothing else differs
     seed: int = 1  # seed of the weights, the noise and the environments
     total_timesteps: int = 1_000_000  # environment steps, summed over the environments (or a game's agents)
-    stop_at_return: float | None = None  # stop training once the last 20 episodes have this mean return
+    stop_at_return: float | None = None  # stop training once about the last 20 episodes have this mean return
     episodes: int = 10  # episodes of an evaluation
     runs: str = "runs"  # folder of the run folders
     checkpoint_every: int = 10  # updates between two checkpoints
@@ -747,12 +751,12 @@ class Config:
 
     # --- PPO
     num_envs: int = 32  # parallel environments (of a game: worlds)
-    num_steps: int = 64  # steps T of each environment in a rollout; N * T transitions make an update
+    num_steps: int = 64  # decisions T of each environment in a rollout; N * T decisions make an update
     learning_rate: float = 5e-4  # of Adam, falling linearly to zero
     adaptive_lr: bool = False  # move the rate so that the last epoch's KL stays between half of --target-kl and that
-    gamma: float = 0.98  # discount of rewards
-    gae_lambda: float = 0.92  # lambda of generalised advantage estimation
-    minibatch_size: int = 512  # transitions in a minibatch, at most a rollout; an epoch leaves out the remainder
+    gamma: float = 0.98  # discount of rewards, per environment step
+    gae_lambda: float = 0.92  # lambda of generalised advantage estimation, per decision
+    minibatch_size: int = 512  # decisions in a minibatch, at most a rollout; an epoch leaves out the remainder
     update_epochs: int = 5  # passes over each rollout
     clip_coef: float = 0.2  # clip of the likelihood ratio (E12)
     ent_coef: float = 0.0  # weight of the entropy bonus (no effect on DPPO's Box actions, whose sigma is fixed)
@@ -761,7 +765,7 @@ class Config:
     target_kl: float | None = None  # stop an update's epochs above this KL (with --mean-log-prob: of the means)
     hidden: int = 128  # width of the two hidden layers of actor and critic
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
-    init_std: float = 0.22  # initial sigma of the final Gaussian (E7), for Box actions of ncdpo and ppo
+    init_std: float = 0.22  # initial sigma (E7) for Box actions of ncdpo and ppo; other than that of --init-from: reset
 
     # --- denoising chain of ncdpo and dppo
     denoising_steps: int = 5  # K, from 1 to 100
@@ -818,6 +822,8 @@ class Config:
             raise UserError("--adaptive-lr needs --target-kl, and --critic-warmup needs --critic-learning-rate.")
         if self.demos and self.init_from:
             raise UserError("--demos clones a new policy, --init-from starts from an old one: leave out one of them.")
+        if self.finetune_steps and not (self.demos or self.init_from):
+            raise UserError("--finetune-steps would freeze a random network: give --demos or --init-from.")
 
 
 LIMITS = {"denoising_steps": (1, 100), "seed": (0, 2**31 - 1), "stop_at_return": (-math.inf, math.inf),
@@ -910,6 +916,9 @@ class Trainer:
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         if not self.updates and (config.total_timesteps or not config.demos):  # 0: cloning alone
             raise UserError(f"make --total-timesteps at least {self.batch_size}, the environment steps of a rollout.")
+        if 0 < self.updates <= config.critic_warmup:
+            raise UserError(f"--critic-warmup {config.critic_warmup} leaves the policy none of {self.updates} updates; "
+                            "raise --total-timesteps.")
         self.rollout = Rollout(config.num_steps, self.env)
         self.rate, self.obs = config.learning_rate, self.env.reset(config.seed)  # the rate of --adaptive-lr
 
@@ -941,7 +950,8 @@ class Trainer:
         row |= health.measure(self.policy, batch) if health else {}
         reward = self.rollout.reward  # NaN has a place there only in chunks that were cut short
         rewards = reward[..., 0].sum() + reward.sum(-1)[self.rollout.ended == 0].sum()
-        if not all(map(math.isfinite, [rewards, *row.values()])):  # a wrong observation is in the loss by now
+        seen = self.agent.obs_norm.var.sum()  # where a wrong observation stays
+        if not all(map(math.isfinite, [rewards, seen, *row.values()])):
             raise UserError(f"a reward, an observation or the loss is not finite in update {self.done + 1} (if it is "
                             "the loss: lower --learning-rate)")
         if config.adaptive_lr and not warm_up:  # factor and bounds as usual for legged robots
@@ -1025,20 +1035,19 @@ def train(config: Config, resume: str | Path | None = None) -> dict[str, np.ndar
     folder's but for MAY_CHANGE. Raises UserError.
     """
     if resume:
-        fixed = [name for name in vars(config) if name not in MAY_CHANGE["resume"]]
-        require_same(load_config(Path(resume)), config, fixed)
+        require_same(load_config(Path(resume)), config, [x for x in vars(config) if x not in MAY_CHANGE["resume"]])
     trainer, run = Trainer(config), Path(resume or "")
     with closing(trainer.env):
         demos = None
-        if config.demos and not resume:
-            if not cloning:
-                raise UserError("--demos needs this project's notebooks/cloning.py beside this file.")
-            with told("{}"):  # what it says is the user's mistake
-                demos = cloning.load(config.demos, trainer.env)
         if resume:
             trainer.resume(run)
         elif config.init_from:
             trainer.init_from(Path(config.init_from))
+        elif config.demos:
+            if not cloning:
+                raise UserError("--demos needs this project's notebooks/cloning.py beside this file.")
+            with told("{}"):  # what it says is the user's mistake
+                demos = cloning.load(config.demos, trainer.env)
         run = run if resume else new_run_folder(config)
         write(run / "config.json", lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=2).encode()))
         steps = f"{trainer.policy.K} of {config.denoising_steps}" if config.sampling_steps else config.denoising_steps
@@ -1130,13 +1139,18 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
     chain, dppo = groups["denoising chain of ncdpo and dppo"], groups["dppo alone"]
     ignored = {"ncdpo": {*dppo}, "ppo": {*chain, *dppo}, "dppo": {"init_std"}}[config.algo]
     ignored = ignored if config.demos else ignored | {"bc_steps", "bc_learning_rate"}
+    learnt = config.finetune_steps or config.sampling_steps or config.denoising_steps
+    scored = config.scored_steps or learnt
+    ignored |= {"chain_gradient"} if scored == learnt else set()
+    ignored |= {"clip_coef_first", "gamma_denoising"} if scored == 1 else set()
     for name in [name for name in given if given[name] != getattr(defaults, name)]:
         flag = "--" + name.replace("_", "-")
         if evaluate and name not in MAY_CHANGE["evaluate"]:
             raise UserError(f"a saved run is played as it was trained: leave out {flag}.")
         if name in ignored:
-            without = " without --demos" * name.startswith("bc_")
-            raise UserError(f"{flag} has no effect on --algo {config.algo}{without}: leave it out.")
+            why = " without --demos" * name.startswith("bc_") + f" scoring {scored} of {learnt} steps" * (
+                name in dppo and config.algo == "dppo")
+            raise UserError(f"{flag} has no effect on --algo {config.algo}{why}: leave it out.")
     return config, resume, evaluate
 
 

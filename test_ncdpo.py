@@ -110,7 +110,8 @@ class Tiny(gym.Env):
         if self.played > after:
             if wrong == "exception":
                 raise ZeroDivisionError("the physics\nexploded")
-            obs, reward = (obs * np.nan, reward) if wrong == "observation" else (obs, reward * np.nan)
+            worse = np.nan if wrong == "observation" else np.inf  # the normaliser clips what is infinite
+            obs, reward = (obs, reward * np.nan) if wrong == "reward" else (obs + worse, reward)
         return obs, reward, self.t >= self.terminates_after, False, {}
 
     def render(self):
@@ -337,8 +338,9 @@ def test_noise_scale_is_a_factor_of_all_the_chains_noise(float64, algo):
 def test_frozen_steps_keep_the_network_they_began_with(tmp_path, algo):
     given = dict(env="TinyBox-v0", algo=algo, denoising_steps=4, hidden=8, total_timesteps=64, episodes=1)
     ncdpo.train(config(runs=str(tmp_path), **given))
-    trainer = ncdpo.Trainer(config(finetune_steps=2, min_std=0.4, **given))
-    trainer.init_from(tmp_path / f"TinyBox-v0__{algo}__1")
+    run = tmp_path / f"TinyBox-v0__{algo}__1"
+    trainer = ncdpo.Trainer(config(finetune_steps=2, min_std=0.4, init_from=str(run), **given))
+    trainer.init_from(run)
     tuned, frozen = trainer.policy.denoiser.denoiser, trainer.policy.denoiser.frozen
     before = [p.clone() for p in frozen.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, tuned.parameters()))
@@ -1839,6 +1841,11 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--scored-steps", "2"], "--scored-steps has no effect on --algo ncdpo"),
     (["--bc-steps", "2"], "--bc-steps has no effect on --algo ncdpo without --demos"),
     (["--algo", "dppo", "--init-std", "0.3"], "--init-std has no effect on --algo dppo"),
+    (["--algo", "dppo", "--no-chain-gradient"], "--chain-gradient has no effect on --algo dppo scoring 5 of 5 steps"),
+    (["--algo", "dppo", "--scored-steps", "1", "--gamma-denoising", "0.5"], "scoring 1 of 5 steps"),
+    (["--algo", "dppo", "--scored-steps", "1", "--clip-coef-first", "0.1"], "scoring 1 of 5 steps"),
+    (["--finetune-steps", "2"], "--finetune-steps would freeze a random network"),
+    (["--critic-warmup", "9", "--critic-learning-rate", "1e-3", "--total-timesteps", "8192"], "none of 4 updates"),
     (["--algo", "sac"], "--algo"),
     (["--momentum", "0.9"], "--momentum"),
     (["--total", "5000"], "--total"),  # an abbreviation would be guessed
@@ -1901,7 +1908,7 @@ def test_a_damaged_run_is_told_in_one_line(run, capsys, flag, damage):
     ["--env", "Pendulum-v1"], ["--env", "Tiny-v0"], ["--hidden", "32"], ["--algo", "ppo"], ["--algo", "dppo"],
     ["--predict", "epsilon"], ["--denoising-steps", "7"], ["--activation", "tanh"], ["--num-envs", "4"],
     ["--eta", "0.5"], ["--clip-denoised", "2"], ["--temperature", "0.5"], ["--noise-scale", "0.5"],
-    ["--num-steps", "16"], ["--finetune-steps", "2"], ["--critic-learning-rate", "0.1"],
+    ["--num-steps", "16"], ["--critic-learning-rate", "0.1"],
     ["--learning-rate", "0.1"], ["--seed", "2"], ["--demos", "some.npz"]])
 def test_resume_refuses_another_task_or_policy_or_chain(run, capsys, flags):
     """Also where the weights would fit: a run must not silently become another one."""
@@ -2004,10 +2011,10 @@ def test_a_full_disk_keeps_the_previous_checkpoint(run, capsys, monkeypatch, err
     assert [row["update"] for row in rows_of(run)] == [str(i) for i in range(1, 9)]
 
 
-@pytest.mark.parametrize("wrong, vector", [("observation", "auto"), ("reward", "auto"), ("exception", "auto")])
-def test_an_environment_that_breaks_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, wrong, vector):
+@pytest.mark.parametrize("wrong", ["observation", "infinity", "reward", "exception"])
+def test_an_environment_that_breaks_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, wrong):
     monkeypatch.setattr(Tiny, "made_to_fail", (40, wrong))  # in the third rollout of 16 steps
-    error = complaint(capsys, *arguments("TinyBox-v0", tmp_path, "--vector", vector))
+    error = complaint(capsys, *arguments("TinyBox-v0", tmp_path))
     run = tmp_path / "TinyBox-v0__ncdpo__1"
     assert f"--resume {run}" in error
     assert ("in step: the physics exploded" if wrong == "exception" else "not finite in update 3") in error
