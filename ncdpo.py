@@ -398,16 +398,13 @@ class DPPO(NCDPO):
     """
 
     def __init__(self, *dims, scored_steps: int | None = None, chain_gradient: bool = True, min_std: float = 0.1,
-                 gamma_denoising: float = 0.99, clip_rise: float = 1.0, **more):
+                 gamma_denoising: float = 0.99, **more):
         super().__init__(*dims, **{"head": Gaussian(dims[1], min_std, fixed=True), **more})
         self.M, self.chain_gradient = scored_steps or self.K, chain_gradient
         steps_to_go = torch.arange(self.M - 1, -1, -1)
-        rise = 3 * (1 - steps_to_go / max(1, self.M - 1))
-        tables = dict(std=(self.noise_scale * self.schedule.sigma).clamp(min=min_std), ks=steps_to_go + 1,
-                      weight=gamma_denoising ** steps_to_go.float(),  # discounts the advantage
-                      clip_scale=clip_rise + (1 - clip_rise) * rise.expm1() / math.expm1(3))  # of the first step, to 1
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("ks", steps_to_go + 1, persistent=False)
+        self.register_buffer("std", (self.noise_scale * self.schedule.sigma).clamp(min=min_std), persistent=False)
+        self.register_buffer("weight", gamma_denoising ** steps_to_go.float(), persistent=False)  # of the advantage
 
     def step_log_prob(self, x_before, mu, k):
         """log N(x_{k-1}; mu_k, max(sigma_k, sigma_min)^2) of E15, summed over the action's coordinates."""
@@ -432,7 +429,7 @@ class DPPO(NCDPO):
 
     def objective(self, log_ratio, A, clip):
         """E12 for each of the M decisions: log_ratio (B, M), A (B,) discounted by the steps to go (E15)."""
-        gain, kl, clipped = clipped_objective(log_ratio, A[:, None] * self.weight, clip * self.clip_scale)
+        gain, kl, clipped = clipped_objective(log_ratio, A[:, None] * self.weight, clip)
         return gain, kl * self.M, clipped  # the KL of an action is that of all its decisions
 
 
@@ -782,7 +779,6 @@ class Config:
     gamma_denoising: float = 0.99  # discount of the advantage per denoising step still to go (E15)
     scored_steps: int | None = None  # score the last m steps (E16), condition on the noise of the others
     chain_gradient: bool = True  # gradient through the steps not scored (E16)
-    clip_coef_first: float | None = None  # clip_coef of the first scored step, rising to clip_coef's
 
     # --- demonstrations and fine-tuning
     demos: str | None = None  # clone these first: an .npz file as notebooks/demos.py writes it
@@ -869,8 +865,7 @@ def make_policy(c: Config, obs_dim: int, act_dim: int, discrete: bool) -> NCDPO:
                   noise_scale=c.noise_scale, sampling_steps=c.sampling_steps)
     policy = NCDPO(obs_dim, act_dim, **given) if c.algo == "ncdpo" else DPPO(
         obs_dim, act_dim, scored_steps=c.scored_steps or c.finetune_steps, chain_gradient=c.chain_gradient,
-        min_std=c.min_std, gamma_denoising=c.gamma_denoising,
-        clip_rise=(c.clip_coef_first or c.clip_coef) / c.clip_coef, **given)
+        min_std=c.min_std, gamma_denoising=c.gamma_denoising, **given)
     if c.finetune_steps:
         policy.denoiser = PartlyFrozen(policy.denoiser, policy.schedule.tau(c.finetune_steps))
     return policy
@@ -950,8 +945,7 @@ class Trainer:
         row |= health.measure(self.policy, batch) if health else {}
         reward = self.rollout.reward  # NaN has a place there only in chunks that were cut short
         rewards = reward[..., 0].sum() + reward.sum(-1)[self.rollout.ended == 0].sum()
-        seen = self.agent.obs_norm.var.sum()  # where a wrong observation stays
-        if not all(map(math.isfinite, [rewards, seen, *row.values()])):
+        if not all(map(math.isfinite, [rewards, self.rollout.obs.sum(), *row.values()])):
             raise UserError(f"a reward, an observation or the loss is not finite in update {self.done + 1} (if it is "
                             "the loss: lower --learning-rate)")
         if config.adaptive_lr and not warm_up:  # factor and bounds as usual for legged robots
@@ -984,7 +978,8 @@ class Trainer:
         batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, advantage=advantage, target=target)
         batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
         batch["log_prob"] = self.policy.log_prob(batch["obs"], batch["action"], batch["latent"])
-        agent.obs_norm.update(rollout.obs.flatten(0, 1))  # only now: the rollout was played with the old statistics
+        if not (config.demos or config.init_from):  # what a cloned policy sees would move it without a gradient
+            agent.obs_norm.update(rollout.obs.flatten(0, 1))  # only now: the rollout was played with the old statistics
         return batch, (1 - (target - value).var() / target.var().clamp(min=1e-8)).item()
 
     def save(self, run: Path) -> None:
@@ -1142,7 +1137,7 @@ def parse(arguments: list[str]) -> tuple[Config, str | None, str | None]:
     learnt = config.finetune_steps or config.sampling_steps or config.denoising_steps
     scored = config.scored_steps or learnt
     ignored |= {"chain_gradient"} if scored == learnt else set()
-    ignored |= {"clip_coef_first", "gamma_denoising"} if scored == 1 else set()
+    ignored |= {"gamma_denoising"} if scored == 1 else set()
     for name in [name for name in given if given[name] != getattr(defaults, name)]:
         flag = "--" + name.replace("_", "-")
         if evaluate and name not in MAY_CHANGE["evaluate"]:

@@ -549,7 +549,7 @@ def test_advantages_are_the_discounted_sum_of_td_errors_within_an_episode(float6
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_ppo_loss_is_the_clipped_objective(float64, algo):  # E11, E12, E15
-    c = config(algo=algo, denoising_steps=3, gamma_denoising=0.5, clip_coef_first=0.05 if algo == "dppo" else None)
+    c = config(algo=algo, denoising_steps=3, gamma_denoising=0.5)
     agent, obs = shaken(ncdpo.Agent(c, 3, 2, False)), torch.randn(40, 3)
     action, log_prob, latent = agent.policy.sample(obs)
     log_prob = log_prob.detach()
@@ -561,22 +561,14 @@ def test_ppo_loss_is_the_clipped_objective(float64, algo):  # E11, E12, E15
     for b, m in np.ndindex(40, M):
         r = (log_prob - old).reshape(40, M)[b, m].exp().item()
         A = normal[b].item() * 0.5 ** (M - 1 - m)
-        clip = 0.2 if algo != "dppo" else 0.05 + 0.15 * (math.exp(3 * m / 2) - 1) / (math.exp(3) - 1)
-        terms.append(-min(r * A, min(max(r, 1 - clip), 1 + clip) * A))
+        terms.append(-min(r * A, min(max(r, 0.8), 1.2) * A))
         kls.append(r - 1 - math.log(r))
-        clipped.append(not 1 - clip <= r <= 1 + clip)
+        clipped.append(not 0.8 <= r <= 1.2)
     value_loss = (agent.critic(obs)[:, 0] - target).square().mean().item() / 2
     entropy = Normal(torch.zeros(2), agent.policy.head.log_std.exp()).entropy().sum().item()
     assert diagnostics == pytest.approx(dict(policy_loss=np.mean(terms), value_loss=value_loss, entropy=entropy,
                                              approx_kl=np.sum(kls) / 40, clip_fraction=np.mean(clipped)), rel=1e-6)
     assert loss.item() == pytest.approx(np.mean(terms) + 0.7 * value_loss - 0.03 * entropy, rel=1e-6)
-
-
-def test_clip_is_the_same_for_all_of_dppos_steps_unless_the_first_ones_is_given():
-    assert make_policy("dppo", denoising_steps=5).clip_scale.tolist() == [1] * 5
-    assert make_policy("dppo", scored_steps=1, clip_coef=0.4, clip_coef_first=0.1).clip_scale.tolist() == [1]
-    scale = make_policy("dppo", denoising_steps=5, clip_coef=0.4, clip_coef_first=0.1).clip_scale
-    assert (0.4 * scale[[0, -1]]).tolist() == pytest.approx([0.1, 0.4]) and (scale.diff() > 0).all()
 
 
 def descend(size, kl=0.0, **given):
@@ -1508,6 +1500,16 @@ def test_clone_starts_from_the_demonstrations_statistics_and_dppo_starts_from_nc
     assert trainer.policy.head.log_std.exp().tolist() == pytest.approx([0.3] * 4)
 
 
+def test_statistics_of_observations_move_from_scratch_but_not_while_a_clone_is_improved(clone):
+    run, path, given = clone
+    for starts, moves in ({"init_from": str(run)}, False), ({"demos": str(path)}, False), ({}, True):
+        trainer = ncdpo.Trainer(config(**given, **starts))
+        trainer.init_from(run)
+        before = trainer.agent.obs_norm.mean.clone()
+        trainer.iterate()
+        assert torch.equal(trainer.agent.obs_norm.mean, before) != moves
+
+
 def test_sigma_is_the_one_asked_for_or_else_the_one_learnt(clone):
     run, _, given = clone
     learnt = checkpoint_of(run)["agent"]["policy.head.log_std"].exp().tolist()
@@ -1843,7 +1845,6 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--algo", "dppo", "--init-std", "0.3"], "--init-std has no effect on --algo dppo"),
     (["--algo", "dppo", "--no-chain-gradient"], "--chain-gradient has no effect on --algo dppo scoring 5 of 5 steps"),
     (["--algo", "dppo", "--scored-steps", "1", "--gamma-denoising", "0.5"], "scoring 1 of 5 steps"),
-    (["--algo", "dppo", "--scored-steps", "1", "--clip-coef-first", "0.1"], "scoring 1 of 5 steps"),
     (["--finetune-steps", "2"], "--finetune-steps would freeze a random network"),
     (["--critic-warmup", "9", "--critic-learning-rate", "1e-3", "--total-timesteps", "8192"], "none of 4 updates"),
     (["--algo", "sac"], "--algo"),
