@@ -978,7 +978,7 @@ class Trainer:
         batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, advantage=advantage, target=target)
         batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
         batch["log_prob"] = self.policy.log_prob(batch["obs"], batch["action"], batch["latent"])
-        if not (config.demos or config.init_from):  # what a cloned policy sees would move it without a gradient
+        if not config.finetune_steps:  # what frozen steps see must not move
             agent.obs_norm.update(rollout.obs.flatten(0, 1))  # only now: the rollout was played with the old statistics
         return batch, (1 - (target - value).var() / target.var().clamp(min=1e-8)).item()
 
