@@ -285,7 +285,7 @@ def main() -> None:
         curves = load(HERE / "curves" / line.folder)
         print(table(curves))
         compared = {env: by_algo for env, by_algo in curves.items() if len(by_algo) > 1}
-        title = "Fine-tuning" if line.folder in ("finetune", "finetune-s5", "field") else "From scratch"
+        title = "Fine-tuning" if line.folder.startswith(("finetune", "field")) else "From scratch"
         if compared:
             drawn = against_steps(curves) if line.folder == "steps" else figure(compared, title=title)
             drawn.savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)
