@@ -239,8 +239,7 @@ class NCDPO(nn.Module):
         self.denoiser = Denoiser(obs_dim, act_dim, steps, hidden, activation)
 
     def noise(self, *shape, device=None):
-        """All randomness of actions of any leading shape: omega (*shape, K, A) (E9), already times noise_scale; the
-        head's (*shape, A)."""
+        """Noise of actions of a leading shape: omega (*shape, K, A) (E9), times noise_scale; the head's (*shape, A)."""
         omega = self.noise_scale * torch.randn(*shape, self.K, self.act_dim, device=device)
         return omega, self.head.noise(*shape, self.act_dim, device=device)
 
@@ -762,7 +761,7 @@ class Config:
     target_kl: float | None = None  # stop an update's epochs above this KL (with --mean-log-prob: of the means)
     hidden: int = 128  # width of the two hidden layers of actor and critic
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
-    init_std: float = 0.22  # initial sigma (E7) for Box actions of ncdpo and ppo; other than that of --init-from: reset
+    init_std: float = 0.22  # initial sigma (E7), Box actions of ncdpo and ppo; unless it differs --init-from's stays
 
     # --- denoising chain of ncdpo and dppo
     denoising_steps: int = 5  # K, from 1 to 100
@@ -945,7 +944,7 @@ class Trainer:
         row |= health.measure(self.policy, batch) if health else {}
         reward = self.rollout.reward  # NaN has a place there only in chunks that were cut short
         rewards = reward[..., 0].sum() + reward.sum(-1)[self.rollout.ended == 0].sum()
-        if not all(map(math.isfinite, [rewards, self.rollout.obs.sum(), *row.values()])):
+        if not all(map(math.isfinite, [rewards, self.rollout.obs.sum(), *row.values()])):  # the loss sees it clipped
             raise UserError(f"a reward, an observation or the loss is not finite in update {self.done + 1} (if it is "
                             "the loss: lower --learning-rate)")
         if config.adaptive_lr and not warm_up:  # factor and bounds as usual for legged robots
