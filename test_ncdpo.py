@@ -2145,6 +2145,22 @@ def test_d4rl_files_become_the_same_numbers(demos, tmp_path, capsys):
     cloning.load(str(out), VectorEnv("TinyBox-v0", 2, CPU))
 
 
+def test_several_sources_become_one_file(demos, tmp_path, capsys):
+    """Each keeps its episodes: the first one's last, cut off without an end, does not run on into the second."""
+    parts = [{key: array[:-1] for key, array in tiny_demos(seed=seed).items()} for seed in (0, 1)]
+    sources = [saved_hdf5(tmp_path / f"{i}.hdf5", part) for i, part in enumerate(parts)]
+    assert demos.main(["convert", *map(str, sources), str(tmp_path / "d.npz")]) == 0
+    both = loaded(tmp_path / "d.npz")
+    for key in ("observations", "actions", "rewards", "terminations"):
+        np.testing.assert_array_equal(both[key], np.concatenate([part[key] for part in parts]))
+    cut = sum(part["truncations"].sum() for part in parts)
+    assert both["truncations"][[28, 57]].all() and both["truncations"].sum() == cut + 2
+    other = saved_hdf5(tmp_path / "other.hdf5", parts[0] | {"observations": parts[0]["observations"][:, :2]})
+    flags = ["convert", str(sources[0]), str(other), str(tmp_path / "e.npz")]
+    assert demos.main(flags) == 2 and "of different tasks" in capsys.readouterr().err
+    assert not (tmp_path / "e.npz").exists()
+
+
 def test_a_last_episode_without_an_end_is_truncated(demos, tmp_path):
     tiny = {key: array[:-1] for key, array in tiny_demos().items()}
     demos.main(["convert", str(saved_hdf5(tmp_path / "d.hdf5", tiny)), str(tmp_path / "d.npz")])

@@ -1,9 +1,10 @@
-"""Demonstrations for `ncdpo.py --demos`: recorded from a saved run, or converted from a public dataset.
+"""Demonstrations for `ncdpo.py --demos`: recorded from saved runs, or converted from public datasets.
 
     python notebooks/demos.py record runs/Hopper-v4__ncdpo__1 demos.npz --steps 100000 --deterministic
     python notebooks/demos.py convert hopper_medium-v2.hdf5 demos.npz             # D4RL; needs h5py
     python notebooks/demos.py convert minari:mujoco/hopper/expert-v0 demos.npz    # needs minari[all]
 
+Several sources before the .npz become one file, demonstrations of mixed quality for example.
 notebooks/cloning.py says what the .npz holds, and reads it.
 """
 
@@ -83,40 +84,52 @@ def read_minari(name: str) -> dict[str, np.ndarray]:
     return {key: np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes])[None] for key in DEMO_KEYS}
 
 
-def save(out: Path, demos: dict[str, np.ndarray]) -> None:
-    """Write DEMO_KEYS of shape (N, T, ...) as (N * T, ...); episodes cut off at T count as truncated."""
+def flatten(source: str, demos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """DEMO_KEYS of shape (N, T, ...) as (N * T, ...); episodes cut off at T count as truncated. Prints a summary."""
     for key, kind in zip(DEMO_KEYS[2:], (float, bool, bool)):
         demos[key] = demos[key].reshape(demos["observations"].shape[:2]).astype(kind)
     ended = torch.as_tensor(demos["terminations"] | demos["truncations"]).T
     returns = ncdpo.discounted_sums(torch.as_tensor(demos["rewards"]).T, ended.double(), 0.0, gamma=1.0)[0][ended]
     demos["truncations"][:, -1] |= ~demos["terminations"][:, -1]
-    flat = {key: x.reshape(-1, *x.shape[2:]) for key, x in demos.items()}
-    ncdpo.write(out, lambda file: np.savez_compressed(file, **flat))
     mean = f" of mean return {returns.mean():.1f}" if len(returns) else ""
-    print(f"{out}: {ended.numel():,} steps, {len(returns)} whole episodes{mean}, {sum(~ended[-1])} cut off at the end")
+    cut_off = sum(~ended[-1])
+    print(f"{source}: {ended.numel():,} steps, {len(returns)} whole episodes{mean}, {cut_off} cut off at the end")
+    return {key: x.reshape(-1, *x.shape[2:]) for key, x in demos.items()}
+
+
+def join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The demonstrations of several sources one after another; raises UserError if they are of different tasks."""
+    if len(kinds := {tuple((x.shape[1:], x.dtype.kind) for x in part.values()) for part in parts}) > 1:
+        shapes = " and ".join(sorted(f"{obs} and {action}" for (obs, _), (action, _), *_ in kinds))
+        raise UserError(f"the sources are of different tasks: their observations and actions have shapes {shapes}.")
+    return {key: np.concatenate([part[key] for part in parts]) for key in DEMO_KEYS}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, files = parser.add_subparsers(dest="command", required=True), argparse.ArgumentParser(add_help=False)
-    files.add_argument("source", help="run folder to record; .hdf5 file, or minari:DATASET, to convert")
+    files.add_argument("source", nargs="+", help="run folders to record; .hdf5 files, or minari:DATASET, to convert")
     files.add_argument("out", type=Path, help="the .npz file to write")
     recorder, _ = (commands.add_parser(name, parents=[files]) for name in ("record", "convert"))
-    recorder.add_argument("--steps", type=int, default=100_000, help="of all environments together [100000]")
+    recorder.add_argument("--steps", type=int, default=100_000, help="of all environments and sources together [100000]")
     recorder.add_argument("--deterministic", action="store_true", help="leave out the final Gaussian's noise")
     recorder.add_argument("--device", default="auto")
     line = parser.parse_args(arguments)
     try:
         if line.out.exists() or not line.out.parent.is_dir():
             raise UserError(f"{line.out} exists, or its folder does not; choose another name.")
-        if line.command == "record":
-            demos = record(Path(line.source), line.steps, line.deterministic, line.device)
-        else:
-            _, minari, name = line.source.rpartition("minari:")
-            demos = read_minari(name) if minari else read_d4rl(name)
-        save(line.out, demos)
+        parts = []
+        for source in line.source:
+            if line.command == "record":
+                demos = record(Path(source), line.steps // len(line.source), line.deterministic, line.device)
+            else:
+                _, minari, name = source.rpartition("minari:")
+                demos = read_minari(name) if minari else read_d4rl(name)
+            parts.append(flatten(source, demos))
+        joined = join(parts)
+        ncdpo.write(line.out, lambda file: np.savez_compressed(file, **joined))
     except ImportError as error:
-        print(f"demos: {line.source} needs the package {error.name}: pip install {error.name}.", file=sys.stderr)
+        print(f"demos: {source} needs the package {error.name}: pip install {error.name}.", file=sys.stderr)
     except UserError as error:
         print(f"demos: {error}", file=sys.stderr)
     else:
