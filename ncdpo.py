@@ -53,6 +53,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or torch's waiting threads spin so long that a busy machine crawls
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # torch.compile trusts the CPU's flags: its tests take seconds
 
 import gymnasium as gym
 import numpy as np
@@ -451,7 +452,8 @@ class UserError(Exception):
 
 def gist(error: BaseException) -> str:
     """The gist of somebody else's exception; with its type where the text is but a word, a KeyError's key, say."""
-    text = textwrap.shorten(str(error), 400, placeholder=" ...")
+    text = re.sub("`v[23]`, (?=.*`v[45]`)", "", str(error))  # versions that Gymnasium lists and no longer has
+    text = textwrap.shorten(text, 400, placeholder=" ...")
     return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or " " not in text else text
 
 

@@ -1822,6 +1822,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
 
 @pytest.mark.parametrize("flags, words", [
     (["--env", "HalfCheeta-v4"], "Did you mean: `HalfCheetah`?"),
+    (["--env", "HalfCheetah-v9"], "environments: [ `v4`, `v5` ]"),  # Gymnasium lists v2 and v3, which are gone
     (["--env", "Nothing-like-it"], "cannot make Nothing-like-it"),
     (["--env", "nowhere:Thing-v0"], "nowhere"),
     (["--env", "Hopper-v3"], "Hopper-v3"),  # its simulator is gone
