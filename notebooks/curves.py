@@ -238,8 +238,9 @@ def against_steps(curves: dict[str, dict[str, dict]]):
             low, high = np.array([interval(bootstrap(x)) for x in ends.values()]).T
             axes.errorbar(list(ends), middle, [middle - low, high - middle], marker="o", label=LINES[algo],
                           capsize=3, **STYLES[algo])
-        axes.set(title=env, xlabel="denoising steps K", ylabel="final return", xscale="log", xticks=list(ends),
-                 xticklabels=list(ends))
+        ticks = sorted({steps_of(line)[1] for line in by_line})
+        axes.set(title=env, xlabel="denoising steps K", ylabel="final return", xscale="log", xticks=ticks,
+                 xticklabels=ticks)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
