@@ -834,9 +834,9 @@ MAY_CHANGE = {"resume": "total_timesteps stop_at_return episodes checkpoint_ever
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "HalfCheetah on a GPU": dict(num_envs=4096, num_steps=32, minibatch_size=16384, learning_rate=1e-3,
                                  total_timesteps=30_000_000),  # worlds step together: many of them, for a short while
-    "demonstrations": dict(denoising_steps=20, predict="epsilon", action_chunk=4, gamma=0.99, gae_lambda=0.95,
-                           num_envs=16, num_steps=64, minibatch_size=256, learning_rate=3e-4, critic_warmup=4,
-                           critic_learning_rate=1e-3,  # whatever the task; and what follows is ours: less chain noise
+    "demonstrations": dict(denoising_steps=20, action_chunk=4, gamma=0.99, gae_lambda=0.95, num_envs=16, num_steps=64,
+                           minibatch_size=256, learning_rate=3e-4, critic_warmup=4, critic_learning_rate=1e-3,
+                           # whatever the task; and what follows is ours, as the target "sample" is: less chain noise
                            sampling_steps=5, noise_scale=0.3, init_std=0.1, min_std=0.05, mean_log_prob=True,
                            clip_coef=0.05),
     "Hopper": dict(num_envs=16, num_steps=128, init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95,

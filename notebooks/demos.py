@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     files.add_argument("source", nargs="+", help="run folders to record; .hdf5 files, or minari:DATASET, to convert")
     files.add_argument("out", type=Path, help="the .npz file to write")
     recorder, _ = (commands.add_parser(name, parents=[files]) for name in ("record", "convert"))
-    recorder.add_argument("--steps", type=int, default=100_000, help="of all environments and sources together [100000]")
+    recorder.add_argument("--steps", type=int, default=100_000, help="of all environments and sources [100000]")
     recorder.add_argument("--deterministic", action="store_true", help="leave out the final Gaussian's noise")
     recorder.add_argument("--device", default="auto")
     line = parser.parse_args(arguments)
