@@ -181,7 +181,7 @@ class Normalizer(nn.Module):
 # ===== 3  The noise-conditioned policy ================================================================================
 
 class Gaussian(nn.Module):
-    """Final Gaussian N(action; mean, diag(sigma^2)) for Box actions (E7); log sigma is learnt unless `fixed`."""
+    """Final Gaussian N(action; mean, diag(sigma^2)) of Box actions (..., A) (E7); log sigma is learnt or `fixed`."""
 
     def __init__(self, dim: int, std: float, fixed: bool = False):
         super().__init__()
@@ -202,7 +202,7 @@ class Gaussian(nn.Module):
 
 
 class Categorical(nn.Module):
-    """Final softmax(logits / temperature) for Discrete actions (E8)."""
+    """Final softmax(logits / temperature) for Discrete actions (E8): logits (..., A), actions (...)."""
 
     def __init__(self, temperature: float):
         super().__init__()
@@ -452,8 +452,7 @@ class UserError(Exception):
 
 def gist(error: BaseException) -> str:
     """The gist of somebody else's exception; with its type where the text is but a word, a KeyError's key, say."""
-    text = re.sub("`v[23]`, (?=.*`v[45]`)", "", str(error))  # versions that Gymnasium lists and no longer has
-    text = textwrap.shorten(text, 400, placeholder=" ...")
+    text = textwrap.shorten(str(error), 400, placeholder=" ...")
     return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or " " not in text else text
 
 
@@ -541,7 +540,10 @@ def make_env(env_id: str, **more) -> gym.Env:
         if "mujoco" in str(gym.registry.get(env_id.split(":")[-1])):
             import mujoco
             mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of Gymnasium's models, N times
-        return gym.make(env_id, disable_env_checker=True, **more)
+        try:
+            return gym.make(env_id, disable_env_checker=True, **more)
+        except gym.error.VersionNotFound as error:  # its list has MuJoCo's v2 and v3, which are gone
+            raise ValueError(re.sub("`v[23]`, (?=.*`v[45]`)", "", str(error))) from None
 
 
 class ActionChunk(gym.Wrapper):
@@ -763,7 +765,7 @@ class Config:
     target_kl: float | None = None  # stop an update's epochs above this KL (with --mean-log-prob: of the means)
     hidden: int = 128  # width of the two hidden layers of actor and critic
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
-    init_std: float = 0.22  # initial sigma (E7), Box actions of ncdpo and ppo; unless it differs --init-from's stays
+    init_std: float = 0.22  # initial sigma (E7), Box actions of ncdpo and ppo; --init-from's stays unless this differs
 
     # --- denoising chain of ncdpo and dppo
     denoising_steps: int = 5  # K, from 1 to 100
@@ -834,11 +836,10 @@ MAY_CHANGE = {"resume": "total_timesteps stop_at_return episodes checkpoint_ever
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "HalfCheetah on a GPU": dict(num_envs=4096, num_steps=32, minibatch_size=16384, learning_rate=1e-3,
                                  total_timesteps=30_000_000),  # worlds step together: many of them, for a short while
-    "demonstrations": dict(denoising_steps=20, action_chunk=4, gamma=0.99, gae_lambda=0.95, num_envs=16, num_steps=64,
-                           minibatch_size=256, learning_rate=3e-4, critic_warmup=4, critic_learning_rate=1e-3,
-                           # whatever the task; and what follows is ours, as the target "sample" is: less chain noise
-                           sampling_steps=5, noise_scale=0.3, init_std=0.1, min_std=0.05, mean_log_prob=True,
-                           clip_coef=0.05),
+    "demonstrations": dict(  # whatever the task; the last line is ours, as the target "sample" is: less chain noise
+        denoising_steps=20, action_chunk=4, gamma=0.99, gae_lambda=0.95, num_envs=16, num_steps=64, minibatch_size=256,
+        learning_rate=3e-4, critic_warmup=4, critic_learning_rate=1e-3,
+        sampling_steps=5, noise_scale=0.3, init_std=0.1, min_std=0.05, mean_log_prob=True, clip_coef=0.05),
     "Hopper": dict(num_envs=16, num_steps=128, init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95,
                    minibatch_size=256, update_epochs=10),
     "Walker2d": dict(num_envs=16, num_steps=128, init_std=0.5, min_std=0.2, gamma=0.99, gae_lambda=0.95,

@@ -33,7 +33,7 @@ D4RL_KEYS = "observations actions rewards terminals timeouts".split()
 def record(run: Path, steps: int, deterministic: bool, device: str) -> dict[str, np.ndarray]:
     """Play a saved run for about `steps` steps in all, a chunk action by action: DEMO_KEYS of shape (N, T, ...)."""
     if steps < 1:
-        raise UserError(f"--steps must be 1 or more, not {steps}.")
+        raise UserError("--steps must be 1 or more for each run.")
     config, agent, _ = ncdpo.load_agent(run, device := ncdpo.pick_device(device))
     copies = min(config.num_envs, max(1, steps // 2000))  # T of 2000 leaves room for whole episodes
     env, seed = ncdpo.VectorEnv(config.env, copies, device), 2_000_003 + config.seed  # apart from training, evaluation
