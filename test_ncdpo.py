@@ -2326,14 +2326,14 @@ def test_picture_of_runs_shows_the_updates_with_episodes_and_few_of_them_as_poin
 
 
 def test_figure_against_steps_shows_final_returns_at_each_number_of_steps(curves, tmp_path):
-    values = {"ppo": 1, "dppo-k20": 20, "ncdpo-k10": 10, "ncdpo-k2": 2, "ncdpo-epsilon": 9}
+    values = {"ppo": 1, "dppo-s20": 20, "ncdpo-k10": 10, "ncdpo-k2": 2, "ncdpo-epsilon": 9}
     for line, value in values.items():
         rows = [f"{seed},{step},1,1,{value + seed},5" for seed in (0, 1, 2) for step in (1, 2)]
         (tmp_path / f"Task-v0__{line}.csv").write_text("\n".join(["seed,step,seconds,episodes,return,length", *rows]))
     loaded = curves.load(tmp_path)
-    assert list(loaded["Task-v0"]) == ["ncdpo-k2", "ncdpo-k10", "ppo", "dppo-k20"]  # "ncdpo-epsilon" is no line
+    assert list(loaded["Task-v0"]) == ["ncdpo-k2", "ncdpo-k10", "ppo", "dppo-s20"]  # "ncdpo-epsilon" is no line
     assert [row.split("|")[2].strip() for row in curves.table(loaded).splitlines()[2:]] == [
-        "NCDPO, K = 2", "NCDPO, K = 10", "MLP+PPO", "DPPO, K = 20"]
+        "NCDPO, K = 2", "NCDPO, K = 10", "MLP+PPO", "DPPO, S = 20"]
     del loaded["Task-v0"]["ppo"]
     points = [bars[0].get_xydata().tolist() for bars in curves.against_steps(loaded).axes[0].containers]
     assert points == [[[2, 3], [10, 11]], [[20, 21]]]

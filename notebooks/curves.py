@@ -2,7 +2,7 @@
 
     python notebooks/curves.py train HalfCheetah-v4 ncdpo   # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
     python notebooks/curves.py                              # all curves/*.csv -> the table (printed) and curves.png
-    python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; steps: against K
+    python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; steps: against K; sampling: S
     python notebooks/curves.py show runs/A runs/B           # the returns of any runs, as a picture: curve.png
 
 Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
@@ -161,7 +161,7 @@ def ratio(ours, theirs) -> tuple[float, float, float]:
 
 
 def load(folder: Path) -> dict[str, dict[str, dict]]:
-    """curves[env][line] of the files <env>__<line>.csv whose line is one of LINES, perhaps with its K: ncdpo-k20."""
+    """curves[env][line] of the files <env>__<line>.csv whose line is one of LINES, perhaps with a number of steps."""
     curves: dict[str, dict[str, dict]] = {}
     for path in sorted(folder.glob("*__*.csv")):
         env, _, line = path.stem.partition("__")
@@ -172,15 +172,15 @@ def load(folder: Path) -> dict[str, dict[str, dict]]:
 
 
 def steps_of(line: str) -> tuple[str, int]:
-    """The line and K of a name such as ncdpo-k20; K is 0 if the name has none."""
-    name, _, steps = line.partition("-k")
+    """The line and K of a name such as ncdpo-k20, or S of ncdpo-s20; 0 if the name has none."""
+    name, steps = re.fullmatch(r"(.*?)(?:-[ks](\d+))?", line).groups()
     return name, int(steps or 0)
 
 
 def label(line: str) -> str:
     """What table and figure call a line."""
     name, steps = steps_of(line)
-    return LINES[name] + (f", K = {steps}" if steps else "")
+    return LINES[name] + (f", {line[len(name) + 1].upper()} = {steps}" if steps else "")
 
 
 def table(curves: dict[str, dict[str, dict]]) -> str:
@@ -230,7 +230,7 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str
 
 
 def against_steps(curves: dict[str, dict[str, dict]]):
-    """One panel a task: final returns against the number K of denoising steps, with 95% bootstrap intervals."""
+    """One panel a task: final returns against the number of denoising steps, with 95% bootstrap intervals."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(4.2 * len(curves), 3.1), layout="constrained")
@@ -242,7 +242,7 @@ def against_steps(curves: dict[str, dict[str, dict]]):
             axes.errorbar(list(ends), middle, [middle - low, high - middle], marker="o", label=LINES[algo],
                           capsize=3, **STYLES[algo])
         ticks = sorted({steps_of(line)[1] for line in by_line})
-        axes.set(title=env, xlabel="denoising steps K", ylabel="final return", xscale="log", xticks=ticks,
+        axes.set(title=env, xlabel="denoising steps", ylabel="final return", xscale="log", xticks=ticks,
                  xticklabels=ticks)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -291,7 +291,7 @@ def main() -> None:
         compared = {env: by_algo for env, by_algo in curves.items() if len(by_algo) > 1}
         title = "Fine-tuning" if line.folder.startswith(("finetune", "field")) else "From scratch"
         if compared:
-            drawn = against_steps(curves) if line.folder == "steps" else figure(compared, title=title)
+            drawn = against_steps(curves) if line.folder in ("steps", "sampling") else figure(compared, title=title)
             drawn.savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)
 
 
