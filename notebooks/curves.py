@@ -2,7 +2,8 @@
 
     python notebooks/curves.py train HalfCheetah-v4 ncdpo   # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
     python notebooks/curves.py                              # all curves/*.csv -> the table (printed) and curves.png
-    python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; steps: against K; sampling: S
+    python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; steps and
+                                                            # sampling: against the number of steps
     python notebooks/curves.py show runs/A runs/B           # the returns of any runs, as a picture: curve.png
 
 Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
