@@ -1067,7 +1067,7 @@ def run_updates(trainer: Trainer, run: Path) -> None:
     rows = path.read_text().splitlines()[1:first + 1] if path.is_file() else []  # those that the checkpoint has
     write(path, lambda file: file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode()))
     if trainer.compiles and first < trainer.updates:
-        print("compiling the loss, which takes some 10 s the first time (--no-compile skips it) ...", flush=True)
+        print("compiling the loss, which takes some 15 s the first time (--no-compile skips it) ...", flush=True)
     try:
         while trainer.done < trainer.updates and (goal is None or len(recent) < 20 or np.mean(recent[-20:]) < goal):
             row = trainer.iterate()
