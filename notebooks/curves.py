@@ -37,14 +37,16 @@ COLUMNS = ["seed", "step", "seconds", "episodes", *OF_EPISODES, *DIAGNOSTICS]
 ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
 LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter",  # of table and figure
          "dppo-1e-3": "DPPO, rate 1e-3", "dppo-official": "DPPO, its authors' settings",
-         "ncdpo-sample": 'NCDPO, "sample"', "dppo-sample": 'DPPO, "sample"'}
+         "ncdpo-sample": 'NCDPO, "sample"', "dppo-sample": 'DPPO, "sample"',
+         "ppo-e01": "MLP+PPO, bonus 0.01", "dppo-e01": "DPPO, bonus 0.01"}
 STYLES = {"ncdpo": dict(color="#c1272d", linestyle="-"), "ppo": dict(color="#0000a7", linestyle="--"),
           "dppo": dict(color="#777777", linestyle=":"), "ncdpo-quiet": dict(color="#e28413", linestyle="-."),
           "dppo-quiet": dict(color="#008176", linestyle=(0, (1, 1))),
           "dppo-1e-3": dict(color="#008176", linestyle=(0, (1, 1))),
           "dppo-official": dict(color="#e28413", linestyle="-."),
           "ncdpo-sample": dict(color="#e28413", linestyle="-."),
-          "dppo-sample": dict(color="#008176", linestyle=(0, (1, 1)))}
+          "dppo-sample": dict(color="#008176", linestyle=(0, (1, 1))),
+          "ppo-e01": dict(color="#008176", linestyle="--"), "dppo-e01": dict(color="#e28413", linestyle=":")}
 
 
 def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
