@@ -2431,7 +2431,7 @@ def test_notebook_runs_and_shows_what_it_showed_when_it_was_committed(path):
         assert shown(was) == shown(now), was.source
 
 
-README, RESULTS = HERE / "README.md", HERE / "notebooks" / "RESULTS.md"
+README, RESULTS, TUNING = HERE / "README.md", HERE / "notebooks" / "RESULTS.md", HERE / "notebooks" / "TUNING.md"
 
 
 def test_every_equation_of_the_readme_is_in_its_notebook_and_in_the_file():
@@ -2451,16 +2451,34 @@ def test_readme_is_short_and_names_only_flags_files_and_functions_that_exist():
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ncdpo.Config)} | {"--help"}
     others = {"--checkpoint-chain", "--standalone", "--nproc-per-node"}  # one is gone, and said so; two are torchrun's
     flags |= {"--no-" + flag[2:] for flag in flags} | set(re.findall(r'add_argument\("(--[\w-]+)"', "".join(sources)))
-    for path in (README, RESULTS):
+    for path in (README, RESULTS, TUNING):
         text = path.read_text()
         wrong = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - flags - others
         assert not wrong, (path.name, wrong)
-        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-            assert (path.parent / link).exists(), (path.name, link)
     named = re.findall(r"ncdpo\.([\w.]+)\(", README.read_text()) + re.findall(r"`(Trainer\.\w+)`", README.read_text())
     for name in named:
         operator.attrgetter(name)(ncdpo)
     assert len(named) >= 3
+
+
+def anchors(path) -> list[str]:
+    """GitHub's anchors of a Markdown file's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall("^#+ (.*)", text, re.MULTILINE)
+    names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return [f"{name}-{before}" if (before := names[:i].count(name)) else name for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("path", [README, RESULTS, TUNING, *NOTEBOOKS], ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    for file, heading in re.findall(r"\]\((?!http|attachment)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = path.parent / file if file else path
+        assert target.exists(), file
+        if heading:
+            assert heading in anchors(target), f"{file}#{heading}"
 
 
 # --- games -----------------------------------------------------------------------------------------------------------
