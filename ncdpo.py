@@ -747,7 +747,7 @@ class Config:
     checkpoint_every: int = 10  # updates between two checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (with --no-compile)
     vector: Literal["auto", "warp", "sync"] = "auto"  # auto: notebooks/physics.py (on a GPU Warp) where it can
-    compile: bool = True  # torch.compile of the loss, and on a GPU of acting
+    compile: bool = True  # torch.compile of the loss (not of chains of more than ten steps), and on a GPU of acting
 
     # --- PPO
     num_envs: int = 32  # parallel environments (of a game: worlds)
@@ -785,7 +785,7 @@ class Config:
 
     # --- demonstrations and fine-tuning
     demos: str | None = None  # clone these first: an .npz file as notebooks/demos.py writes it
-    init_from: str | None = None  # start from this run's policy; its config.json gives the defaults of other flags
+    init_from: str | None = None  # start from this run's policy; other flags but --total-timesteps and --runs default to its
     action_chunk: int = 1  # actions H that are denoised together and played in a row: one decision of PPO
     bc_steps: int = 20_000  # gradient steps of behaviour cloning (E2), on minibatches of 256
     bc_learning_rate: float = 1e-3  # of behaviour cloning, falling to zero along a cosine
@@ -899,6 +899,8 @@ def compiled(function, device: torch.device):
 class Trainer:
     """The state of a training run and its verb: `iterate` plays a rollout, judges it, learns from it and reports."""
 
+    processes = 1  # that share the run (notebooks/parallel.py)
+
     def __init__(self, config: Config):
         config.check()
         self.config, self.device = config, pick_device(config.device)
@@ -909,7 +911,7 @@ class Trainer:
         parts = [self.policy, self.critic] if config.critic_learning_rate else [self.agent]  # each clipped by itself
         self.optimizer = torch.optim.Adam([{"params": part.parameters()} for part in parts], eps=1e-5, fused=True)
         self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far, to scale rewards
-        self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # in environment steps
+        self.batch_size = self.processes * self.env.num_envs * config.num_steps * config.action_chunk  # in env. steps
         self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
         if not self.updates and (config.total_timesteps or not config.demos):  # 0: cloning alone
             raise UserError(f"make --total-timesteps at least {self.batch_size}, the environment steps of a rollout.")

@@ -2671,7 +2671,7 @@ def run_python(folder, *command, **environment):
 
 # Several processes, by notebooks/parallel.py
 
-SHARED = dict(env="Hopper-v4", num_envs=4, num_steps=24, minibatch_size=96, total_timesteps=192, update_epochs=3)
+SHARED = dict(env="Hopper-v4", num_envs=4, num_steps=64, minibatch_size=256, total_timesteps=512, update_epochs=3)
 ONE_UPDATE = """
 import os, sys, torch
 import ncdpo
@@ -2761,7 +2761,8 @@ os._exit(0)
         assert not torch.isin(ours, theirs).any()
 
 
-@pytest.mark.parametrize("flags, words", [(["--num-envs", 5], "multiples of 2"), (["--resume", "nowhere"], "nowhere")])
+@pytest.mark.parametrize("flags, words", [(["--num-envs", 5], "multiples of 2"), (["--resume", "nowhere"], "nowhere"),
+                                          (["--total-timesteps", 100], "at least 128")])
 def test_a_mistake_is_told_once_by_all_processes(tmp_path, flags, words):
     code, _, mistakes = parallel(2, *(FEW if flags[0] != "--resume" else ()), *flags, "--runs", tmp_path)
     assert code and len(mistakes) == 1 and words in mistakes[0] and not list(tmp_path.iterdir())

@@ -54,21 +54,19 @@ class SharedLoss(nn.Module):
 class SharedTrainer(ncdpo.Trainer):
     """A Trainer that plays and learns its share, in step with those of the other processes."""
 
+    processes = WORLD
+
     def __init__(self, config: ncdpo.Config):
         if config.num_envs % WORLD or config.minibatch_size % WORLD or config.minibatch_size < 2 * WORLD:
             raise ncdpo.UserError(f"--num-envs and --minibatch-size must be multiples of {WORLD}, the processes, and "
                                   f"the second {2 * WORLD} at least: change those flags or that number.")
-        rollout = config.num_envs * config.num_steps * config.action_chunk
-        if 0 < config.total_timesteps < rollout:
-            raise ncdpo.UserError(f"make --total-timesteps at least {rollout}, the environment steps of a rollout.")
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count() * (config.device != "cpu")
         if gpus and (here > gpus or ":" in config.device):
             raise ncdpo.UserError(f"each of the {here} processes takes one of {gpus} GPUs: --nproc-per-node {gpus} or "
                                   "fewer, and no number in --device; or give --device cpu.")
-        share = ("num_envs", "minibatch_size", "total_timesteps")
+        share = ("num_envs", "minibatch_size")
         super().__init__(dataclasses.replace(config, **{name: getattr(config, name) // WORLD for name in share}))
-        self.batch_size *= WORLD
-        self.updates, self.joined = config.total_timesteps // self.batch_size, False
+        self.joined = False
 
     def join(self) -> None:
         """Go on with the weights and statistics of the first process, but with noise and episodes of our own."""
@@ -96,7 +94,7 @@ class SharedTrainer(ncdpo.Trainer):
             raise ncdpo.UserError("out of memory: give fewer --num-envs or a smaller --minibatch-size") from error
         except RuntimeError as error:
             raise ncdpo.UserError(f"a process of torchrun has ended ({ncdpo.gist(error)})") from error
-        row, finished = rows[RANK], [row for row in rows if row["episodes"]]
+        row, finished = dict(rows[RANK]), [row for row in rows if row["episodes"]]
         row["episodes"] = sum(other["episodes"] for other in finished)
         for name in {"return", "length", "success"}.intersection(*finished) if finished else ():
             row[name] = sum(other[name] * other["episodes"] for other in finished) / row["episodes"]
