@@ -785,7 +785,7 @@ class Config:
 
     # --- demonstrations and fine-tuning
     demos: str | None = None  # clone these first: an .npz file as notebooks/demos.py writes it
-    init_from: str | None = None  # start from this run's policy; other flags but --total-timesteps and --runs default to its
+    init_from: str | None = None  # start from this run's policy, with its flags (not --total-timesteps and --runs)
     action_chunk: int = 1  # actions H that are denoised together and played in a row: one decision of PPO
     bc_steps: int = 20_000  # gradient steps of behaviour cloning (E2), on minibatches of 256
     bc_learning_rate: float = 1e-3  # of behaviour cloning, falling to zero along a cosine
@@ -830,7 +830,7 @@ LIMITS = {"denoising_steps": (1, 100), "seed": (0, 2**31 - 1), "stop_at_return":
           **dict.fromkeys("total_timesteps critic_warmup ent_coef vf_coef".split(), (0, math.inf)),
           **dict.fromkeys("eta gamma gae_lambda gamma_denoising".split(), (0, 1))}
 # What --init-from shares with the run that it names, whose weights would mean something else; what the verbs may change
-SAME_POLICY = "env denoising_steps predict hidden activation action_chunk".split()
+SAME_POLICY = "denoising_steps predict hidden activation action_chunk".split()
 MAY_CHANGE = {"resume": "total_timesteps stop_at_return episodes checkpoint_every device vector compile".split(),
               "evaluate": "episodes device sampling_steps".split()}
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
@@ -1012,7 +1012,10 @@ class Trainer:
         require_same(before, config, SAME_POLICY + ["finetune_steps", "sampling_steps"] * bool(before.finetune_steps))
         if before.algo != config.algo and "ppo" in (before.algo, config.algo):
             raise UserError(f"{run} was trained by {before.algo}, whose network is not that of {config.algo}.")
-        source = load_agent(run, self.device)[1]
+        _, source, state = load_agent(run, self.device)
+        if state["spaces"] != self.env.spaces:
+            raise UserError(f"{config.env} has other observations or actions than {before.env}, the task of {run}: "
+                            "leave out --env.")
         if config.finetune_steps and not before.finetune_steps:
             source.policy.denoiser = PartlyFrozen(source.policy.denoiser, self.policy.denoiser.tuned)
         if config.algo == "dppo" or (before.algo, before.init_std) != (config.algo, config.init_std):

@@ -1501,6 +1501,16 @@ def test_clone_starts_from_the_demonstrations_statistics_and_dppo_starts_from_nc
     assert trainer.policy.head.log_std.exp().tolist() == pytest.approx([0.3] * 4)
 
 
+def test_init_from_goes_on_in_another_task_of_the_same_spaces_and_refuses_one_of_others(clone):
+    run, _, given = clone
+    trainer = ncdpo.Trainer(config(**given | dict(env="TinyEnds-v0")))
+    trainer.init_from(run)
+    for name, tensor in trainer.agent.state_dict().items():
+        assert torch.equal(tensor, checkpoint_of(run)["agent"][name])
+    with pytest.raises(UserError, match="Hopper-v4 has other observations or actions than TinyBox-v0"):
+        ncdpo.Trainer(config(**given | dict(env="Hopper-v4"))).init_from(run)
+
+
 @pytest.mark.parametrize("steps", [None, 2])
 def test_statistics_of_observations_move_unless_some_steps_are_frozen(clone, steps):
     run, _, given = clone
@@ -1535,7 +1545,7 @@ def test_critic_warmup_leaves_the_actor_where_it_was(clone):
 
 @pytest.mark.parametrize("flags, words", [
     (["--action-chunk", "4"], "--action-chunk"), (["--predict", "v"], "--predict"),
-    (["--env", "TinyEnds-v0"], "--env"), (["--algo", "ppo"], "not that of ppo"),
+    (["--env", "Hopper-v4"], "leave out --env"), (["--algo", "ppo"], "not that of ppo"),
     (["--demos", "mine.npz"], "leave out one of them")])
 def test_a_run_that_cannot_start_from_the_clone_says_so(clone, tmp_path, capsys, flags, words):
     flags = ["--init-from", clone[0], "--runs", tmp_path, "--total-timesteps", "512", *flags]
@@ -2562,6 +2572,22 @@ def test_permuting_agents_permutes_their_actions_and_only_the_critic_sees_the_ot
     moved = [obs[0], obs[1], obs[2] + 1]
     assert torch.equal(act(moved, [0, 1, 2])[0].view(4, 3)[:, :2], action[:, :2])
     assert (value(moved) != value(obs)).all()
+
+
+def test_an_agent_of_football_may_observe_its_nearest_opponents_alone(games):
+    see = lambda reds, more: games.make_vec(f"football?n_blue_agents=2&n_red_agents={reds}{more}", 5, CPU)
+    game, one = see(3, "&nearest=2"), see(2, "")
+    obs = game.reset([0])
+    assert (game.policy_dim, obs.shape) == (one.policy_dim, one.reset([0]).shape)  # so that a team may go on
+    scenario = game.game.scenario
+    for i, agent in enumerate(scenario.blue_agents):
+        seen = obs.view(5, 2, 2, -1)[:, i, 0, 16:32].view(5, 2, 8)[..., :2]  # of each of two: where it is from here
+        away = agent.state.pos[:, None] - torch.stack([red.state.pos for red in scenario.red_agents], 1)
+        order = away.norm(dim=-1).argsort(1)[:, :2, None].expand(-1, -1, 2)
+        torch.testing.assert_close(seen, away.gather(1, order))
+    for name in ("football?nearest=-1", "football?nearest=x", "balance?nearest=1"):
+        with pytest.raises(ValueError, match="nearest must be a number of football's opponents"):
+            games.make_vec(name, 2, CPU)
 
 
 def test_speed_tells_what_the_adapter_of_a_game_costs(games, monkeypatch, capsys):

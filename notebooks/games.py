@@ -7,6 +7,7 @@ Any scenario whose agents share their spaces will do. Behind the question mark a
     max_steps     steps after which an episode is truncated [200, football 500]
     continuous    1 for Box actions instead of Discrete ones [0]
     critic        joint (MAPPO) or own (IPPO): whose observations the critic sees [joint]
+    nearest       football: an agent observes this many opponents, the nearest; then a team may meet more or fewer [all]
 W worlds of G agents are N = W * G rows, row = world * G + agent, all played by one policy. An observation is the
 agent's own, which is what the policy sees (`policy_dim` columns), and then those of the others in cyclic order.
 The red team of football is played by VMAS's heuristic unless ai_red_agents=0.
@@ -62,7 +63,7 @@ def load(name: str):
 def check_arguments(scenario, names) -> None:
     """Raises ValueError for a name that the scenario's source never asks for: some scenarios would ignore it."""
     source = Path(inspect.getsourcefile(type(scenario).make_world)).read_text()
-    known = re.findall(r'kwargs\.(?:pop|get)\(\s*"(\w+)"', source) + ["max_steps", "continuous", "critic"]
+    known = re.findall(r'kwargs\.(?:pop|get)\(\s*"(\w+)"', source) + ["max_steps", "continuous", "critic", "nearest"]
     for name in names:
         if name == "multidiscrete_actions":
             raise ValueError("MultiDiscrete actions cannot be played: leave out multidiscrete_actions")
@@ -78,6 +79,23 @@ def modern(space):
     if type(space).__name__ == "Box":
         return gym.spaces.Box(space.low, space.high, dtype=space.dtype.type)
     raise ValueError(f"{type(space).__name__} spaces cannot be played")
+
+
+def observe_nearest(scenario, count: int) -> None:
+    """Let agents of football observe but `count` of their opponents, from the nearest to the farthest."""
+    everything = scenario.observation
+    if "adversary_poses" not in inspect.signature(everything).parameters or not isinstance(count, int) or count < 0:
+        raise ValueError(f"nearest must be a number of football's opponents, not {count!r}")
+
+    def observation(agent):
+        others = scenario.blue_agents if agent in scenario.red_agents else scenario.red_agents
+        pos, vel, force = (torch.stack([getattr(other.state, name) for other in others], 1)  # (W, others, 2)
+                           for name in ("pos", "vel", "force"))
+        near = (pos - agent.state.pos[:, None]).norm(dim=-1, keepdim=True).argsort(1)[:, :count].expand(-1, -1, 2)
+        pos, vel, force = (list(state.gather(1, near).unbind(1)) for state in (pos, vel, force))
+        return everything(agent, adversary_poses=pos, adversary_vels=vel, adversary_forces=force)
+
+    scenario.observation = observation
 
 
 def tensors(scenario, worlds: int) -> list:
@@ -107,9 +125,11 @@ class Games:
     kind = "vmas"
 
     def __init__(self, scenario, num_worlds: int, device: torch.device, critic: str = "joint", continuous: bool = False,
-                 max_steps: int = 200, **arguments):
+                 max_steps: int = 200, nearest: int | None = None, **arguments):
         scenario = load(scenario) if isinstance(scenario, str) else scenario
         check_arguments(scenario, arguments)
+        if nearest is not None:
+            observe_nearest(scenario, nearest)
         if critic not in ("joint", "own") or not isinstance(max_steps, int) or max_steps < 1:
             raise ValueError(f"critic must be joint or own, not {critic!r}, and max_steps 1 or more, not {max_steps!r}")
         from vmas.simulator.environment import Environment
