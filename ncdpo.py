@@ -505,6 +505,11 @@ class VectorEnv:
         self.policy_dim = getattr(self.envs, "policy_dim", self.obs_dim)
         self.spaces = [self.obs_dim, self.act_dim, self.discrete, self.policy_dim]  # what an Agent is built for
 
+    def check_spaces(self, spaces: list, run: Path) -> None:
+        """Raises UserError if the agent of `run`, built for `spaces`, cannot play here."""
+        if spaces != self.spaces:
+            raise UserError(f"{self.env_id} has other observations or actions than the task of {run}: leave out --env.")
+
     def reset(self, *seed: int):
         """First observations (N, S) of new episodes, all of whose randomness comes from `seed`."""
         seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(self.num_envs) // 2]
@@ -695,9 +700,10 @@ def evaluate(run: str | Path, episodes: int = 10, device: str = "auto", max_step
     """
     device = pick_device(device)
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        config, agent, _ = load_agent(Path(run), device, **changed)
+        config, agent, state = load_agent(Path(run), device, **changed)
         policy, result, act, seed = agent.policy, {}, agent.policy.act, 1_000_003 + config.seed  # apart from training's
         env = VectorEnv(config.env, episodes, device, "sync", config.action_chunk)
+        env.check_spaces(state["spaces"], run)
         N, names = env.num_envs, ["return", "length"] + ["success"] * (env.envs.success is not None)
         for way in ["exploring", "mean action"] + ["eta 0"] * (config.algo != "ppo"):
             if way == "eta 0":  # NCDPO's chain for DPPO too, whose own steps are noisy whatever eta
@@ -832,7 +838,7 @@ LIMITS = {"denoising_steps": (1, 100), "seed": (0, 2**31 - 1), "stop_at_return":
 # What --init-from shares with the run that it names, whose weights would mean something else; what the verbs may change
 SAME_POLICY = "denoising_steps predict hidden activation action_chunk".split()
 MAY_CHANGE = {"resume": "total_timesteps stop_at_return episodes checkpoint_every device vector compile".split(),
-              "evaluate": "episodes device sampling_steps".split()}
+              "evaluate": "env episodes device sampling_steps".split()}
 PRESETS: dict[str, dict] = {  # by the name of the task without its version; the same for all algorithms
     "HalfCheetah on a GPU": dict(num_envs=4096, num_steps=32, minibatch_size=16384, learning_rate=1e-3,
                                  total_timesteps=30_000_000),  # worlds step together: many of them, for a short while
@@ -1013,9 +1019,7 @@ class Trainer:
         if before.algo != config.algo and "ppo" in (before.algo, config.algo):
             raise UserError(f"{run} was trained by {before.algo}, whose network is not that of {config.algo}.")
         _, source, state = load_agent(run, self.device)
-        if state["spaces"] != self.env.spaces:
-            raise UserError(f"{config.env} has other observations or actions than {before.env}, the task of {run}: "
-                            "leave out --env.")
+        self.env.check_spaces(state["spaces"], run)
         if config.finetune_steps and not before.finetune_steps:
             source.policy.denoiser = PartlyFrozen(source.policy.denoiser, self.policy.denoiser.tuned)
         if config.algo == "dppo" or (before.algo, before.init_std) != (config.algo, config.init_std):
@@ -1162,7 +1166,8 @@ def main(arguments: list[str] | None = None) -> int:
         config, resume, played = parse(sys.argv[1:] if arguments is None else arguments)
         config.check()
         if played:
-            print(describe(evaluate(played, config.episodes, config.device, sampling_steps=config.sampling_steps)))
+            changed = dict(env=config.env, sampling_steps=config.sampling_steps)
+            print(describe(evaluate(played, config.episodes, config.device, **changed)))
         else:
             train(config, resume)
     except (UserError, KeyboardInterrupt) as error:

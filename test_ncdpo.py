@@ -1507,7 +1507,7 @@ def test_init_from_goes_on_in_another_task_of_the_same_spaces_and_refuses_one_of
     trainer.init_from(run)
     for name, tensor in trainer.agent.state_dict().items():
         assert torch.equal(tensor, checkpoint_of(run)["agent"][name])
-    with pytest.raises(UserError, match="Hopper-v4 has other observations or actions than TinyBox-v0"):
+    with pytest.raises(UserError, match="Hopper-v4 has other observations or actions than the task of .*: leave out --env"):
         ncdpo.Trainer(config(**given | dict(env="Hopper-v4"))).init_from(run)
 
 
@@ -1953,9 +1953,14 @@ def test_resume_refuses_a_finished_run_and_another_verb(run, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--episodes", "0"], ["--episodes", "-3"], ["--device", "nonsense"],
-                                   ["--eta", "0.5"]])
+                                   ["--eta", "0.5"], ["--env", "Hopper-v4"]])
 def test_evaluation_refuses_bad_numbers_and_what_it_would_ignore(run, capsys, flags):
     assert flags[0] in complaint(capsys, "--evaluate", run, *flags)
+
+
+def test_a_run_is_evaluated_in_another_task_of_the_same_spaces(clone, capsys):
+    assert main(["--evaluate", str(clone[0]), "--env", "TinyEnds-v0", "--episodes", "2", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("length 7.0") == 3  # where it was trained an episode has 8 steps
 
 
 def test_evaluate_prints_as_many_episodes_as_asked_for(run, capsys):
