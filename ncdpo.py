@@ -982,7 +982,7 @@ class Trainer:
         reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10)  # in deviations of the return
         obs = agent.obs_norm(rollout.obs)
         value, final_value = (self.critic(x).squeeze(-1) for x in (obs, agent.obs_norm(rollout.final_obs)))
-        final_value = final_value * config.gamma ** (lengths - H)  # a chunk that was cut short led there sooner
+        final_value = final_value * (config.gamma or 1.0) ** (lengths - H)  # a chunk cut short led there sooner
         advantage = advantages(reward, value, final_value, rollout.terminated, rollout.ended, gamma, config.gae_lambda)
         target = advantage + value
         batch = dict(obs=obs, action=rollout.action, latent=rollout.latent, advantage=advantage, target=target)

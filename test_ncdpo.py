@@ -1034,12 +1034,12 @@ def test_episodes_are_counted_across_rollouts():
     assert rollout.finished().tolist() == [[72, 8], [6, 3], [20.5, 2], [3, 1]]
 
 
-@pytest.mark.parametrize("algo, env, H", [
-    ("ncdpo", "CartPole-v1", 1), ("dppo", "TinyBox-v0", 1),  # the first terminates, the second truncates
-    ("ncdpo", "TinyBox-v0", 3), ("ncdpo", "TinyEnds-v0", 3)])  # also in the middle of a chunk
-def test_update_learns_from_the_decisions_played(monkeypatch, batches, algo, env, H):  # E10, E12
+@pytest.mark.parametrize("algo, env, H, g", [
+    ("ncdpo", "CartPole-v1", 1, 0.9), ("dppo", "TinyBox-v0", 1, 0.9),  # the first terminates, the second truncates
+    ("ncdpo", "TinyBox-v0", 3, 0.9), ("ncdpo", "TinyEnds-v0", 3, 0.9), ("ncdpo", "TinyBox-v0", 3, 0.0)])  # in a chunk
+def test_update_learns_from_the_decisions_played(monkeypatch, batches, algo, env, H, g):  # E10, E12
     """The second update against loops over its steps: discount g a step, so g^H a decision."""
-    g, lam, coefficients = 0.9, 0.8, dict(clip_coef=0.1, vf_coef=0.7, ent_coef=0.03)
+    lam, coefficients = 0.8, dict(clip_coef=0.1, vf_coef=0.7, ent_coef=0.03)
     trainer = ncdpo.Trainer(config(algo=algo, env=env, action_chunk=H, gamma=g, gae_lambda=lam,
                                    target_kl=0.3, max_grad_norm=0.7, total_timesteps=256 * H, **coefficients))
     step, starts, steps, agent = trainer.env.step, trainer.obs, [], trainer.agent
