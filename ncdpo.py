@@ -791,7 +791,7 @@ class Config:
 
     # --- demonstrations and fine-tuning
     demos: str | None = None  # clone these first: an .npz file as notebooks/demos.py writes it
-    init_from: str | None = None  # start from this run's policy, with its flags (not --total-timesteps and --runs)
+    init_from: str | None = None  # start from this run, with its flags but --total-timesteps, --stop-at-return, --runs
     action_chunk: int = 1  # actions H that are denoised together and played in a row: one decision of PPO
     bc_steps: int = 20_000  # gradient steps of behaviour cloning (E2), on minibatches of 256
     bc_learning_rate: float = 1e-3  # of behaviour cloning, falling to zero along a cosine

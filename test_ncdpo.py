@@ -1507,7 +1507,7 @@ def test_init_from_goes_on_in_another_task_of_the_same_spaces_and_refuses_one_of
     trainer.init_from(run)
     for name, tensor in trainer.agent.state_dict().items():
         assert torch.equal(tensor, checkpoint_of(run)["agent"][name])
-    with pytest.raises(UserError, match="Hopper-v4 has other observations or actions than the task of .*: leave out --env"):
+    with pytest.raises(UserError, match="Hopper-v4 has other observations or actions than .*: leave out --env"):
         ncdpo.Trainer(config(**given | dict(env="Hopper-v4"))).init_from(run)
 
 

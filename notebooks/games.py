@@ -7,7 +7,7 @@ Any scenario whose agents share their spaces will do. Behind the question mark a
     max_steps     steps after which an episode is truncated [200, football 500]
     continuous    1 for Box actions instead of Discrete ones [0]
     critic        joint (MAPPO) or own (IPPO): whose observations the critic sees [joint]
-    nearest       football: an agent observes this many opponents, the nearest; a team may meet more from then on [all]
+    nearest       football: an agent observes this many opponents, the nearest, so that a team may meet more [all]
 W worlds of G agents are N = W * G rows, row = world * G + agent, all played by one policy. An observation is the
 agent's own, which is what the policy sees (`policy_dim` columns), and then those of the others in cyclic order.
 The red team of football is played by VMAS's heuristic unless ai_red_agents=0.
