@@ -76,8 +76,8 @@ class Schedule(nn.Module):
     """Tables of the cosine schedule (Nichol and Dhariwal, 2021) and the steps that use them (E1, E3, E4, E18).
 
     A chain that was cloned with `steps` may be run on fewer, evenly spaced `sampling_steps`: its k-th step is then step
-    tau(k) of the K, and below E1 every k counts the steps that are run (E18). `abar` has K + 1 rows, the other tables
-    one for each step that is run, and one for k = 0, clean data. All have one column and are indexed by k, an int or a
+    tau(k) of the K, and from E3 on k counts the steps that are run (E18). `abar` has K + 1 rows, the other tables one
+    for each step that is run, and one for k = 0, clean data. All have one column and are indexed by k, an int or a
     LongTensor, so that `table[k]` broadcasts against (..., A). Float64 inside, stored in torch's default dtype.
     """
 
@@ -91,9 +91,9 @@ class Schedule(nn.Module):
         abar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
         tau = torch.linspace(0, steps, (sampling_steps or steps) + 1).round().long()
         now, before = abar[tau[1:]], abar[tau[:-1]]
-        sigma = eta * torch.sqrt((1 - before) / (1 - now) * (1 - now / before))  # the last is beta_k if all K are run
+        sigma = eta * torch.sqrt((1 - before) / (1 - now) * (1 - now / before))  # the last factor is beta_k if all run
         # E4 is linear in (x0hat, x_k): write eps_tilde out once and for all
-        on_eps = torch.sqrt((1 - before - sigma**2).clamp(min=0)) / torch.sqrt(1 - now)
+        on_eps = torch.sqrt(1 - before - sigma**2) / torch.sqrt(1 - now)
         # E3 is linear in (network output, x_k), whatever the network predicts
         out, skip = {"sample": (torch.ones_like(now), torch.zeros_like(now)),
                      "epsilon": (-torch.sqrt((1 - now) / now), 1 / torch.sqrt(now)),
@@ -252,7 +252,7 @@ class NCDPO(nn.Module):
     def chain(self, obs, omega, last: int = 0) -> list[torch.Tensor]:
         """Reverse chain x_K, ..., x_last, each (B, A) (E5), on given noise omega = (x_K, z_K, ..., z_2).
 
-        Nothing is detached: autograd through this loop is BPDT (E13).
+        Nothing is detached: autograd through this loop is backpropagation through denoising (E13).
         """
         xs = [omega[:, 0]]
         for k in range(self.K, last, -1):
@@ -328,8 +328,9 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
     """PPO's loss on a minibatch and a dictionary of diagnostics.
 
     obs (B, S) normalised; action and latent (NCDPO's omega) as policy.act gave them, log_prob their log-likelihood
-    then; advantage, and target for the critic, (B,). The log ratio may be averaged over an action's `coordinates`.
-    Advantages are made standard within the minibatch unless that was done before (norm_adv=False).
+    then, (B,), or (B, M) of a policy that brings an `objective` for it; advantage, and target for the critic, (B,). The
+    log ratio may be averaged over an action's `coordinates`. Advantages are made standard within the minibatch unless
+    that was done before (norm_adv=False).
     """
     new_log_prob, entropy = policy.evaluate(obs, action, latent)
     log_ratio = (new_log_prob - log_prob) / coordinates  # one for each decision (E11)

@@ -9,7 +9,7 @@
 Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
 (environment steps at the row's end), seconds (of wall clock until then), episodes (that ended in the row), the means
 of return, length and success over those episodes (empty where none ended or the task has no success), and the means of
-the diagnostics of metrics.csv over the row's updates (empty where the algorithm has none): RESULTS.md explains them.
+the diagnostics of metrics.csv over the row's updates (empty where the algorithm has none): RUNNING.md explains them.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def measure(policy, batch: dict, rows: int = 128) -> dict[str, float]:
 
 
 def chain_gradient(policy, obs, action, omega, advantage) -> tuple[np.ndarray, float]:
-    """BPDT measured (E13): norms of dL/dx_k for k = K ... 0, L = -mean(log pi A), and the clipped fraction of x_0.
+    """E13 measured: the norms of dL/dx_k for k = K ... 0, L = -mean(log pi A), and the clipped fraction of x_0.
 
     Arguments as in ncdpo.ppo_loss. Rising from left to right the gradient vanishes on its way to the first denoising
     steps, falling it explodes.
