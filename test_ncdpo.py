@@ -437,6 +437,26 @@ def test_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain(float64
     assert (off < 4) == through_the_chain
 
 
+def test_kl_given_the_noise_bounds_the_kl_of_the_actions(float64):  # E14
+    old = make_policy(obs_dim=1, act_dim=1, denoising_steps=2, init_std=0.5)
+    new = make_policy(obs_dim=1, act_dim=1, denoising_steps=2, init_std=0.5)
+    new.load_state_dict(old.state_dict())
+    shaken(new, 0.05)
+    nodes, weights = gauss_hermite(24, 2)
+    a = torch.linspace(-15, 15, 3001)
+    with torch.no_grad():  # log pi(a | omega): a row for each omega, a column for each a
+        log_p, log_q = (Normal(policy.mean(torch.ones(len(nodes), 1), nodes[:, :, None]),
+                               policy.head.log_std.exp()).log_prob(a) for policy in (old, new))
+        row = old.log_prob(torch.ones(3001, 1), a[:, None], nodes[[5]][:, :, None].expand(3001, 2, 1))
+    torch.testing.assert_close(log_p[5], row)
+    integral = lambda density: torch.trapezoid(density, a)
+    p, q = weights @ log_p.exp(), weights @ log_q.exp()
+    conditional = (weights * integral(log_p.exp() * (log_p - log_q))).sum()
+    marginal = integral(p * (p / q.clamp(min=1e-300)).clamp(min=1e-300).log())
+    assert integral(p).item() == pytest.approx(1, abs=1e-9)
+    assert 1e-4 < marginal < conditional
+
+
 def test_the_core_runs_when_it_is_pasted_elsewhere():
     """Sections 1 to 4 alone learn a bandit whose best action is a function of the observation."""
     source = (HERE / "ncdpo.py").read_text()
