@@ -53,7 +53,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or torch's waiting threads spin so long that a busy machine crawls
+# Waiting threads of torch spin for so long that a busy machine crawls
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import gymnasium as gym
 import numpy as np
@@ -94,17 +95,16 @@ class Schedule(nn.Module):
 
         self.K = sampling_steps or steps
         tau = [round(steps * k / self.K) for k in range(self.K + 1)]
-        rows = [(0.0, 0.0, 0.0)]
+        sigma, to_clean, to_noisy = [0.0], [0.0], [0.0]
         for k in range(1, self.K + 1):
             now, before = abar[tau[k]], abar[tau[k - 1]]
             beta = 1 - now / before
-            sigma = eta * math.sqrt((1 - before) / (1 - now) * beta)
+            sigma.append(eta * math.sqrt((1 - before) / (1 - now) * beta))
             # E4 is linear in (x0hat, x_k): write eps_tilde out once and for all
-            to_noisy = math.sqrt(1 - before - sigma**2) / math.sqrt(1 - now)
-            to_clean = math.sqrt(before) - to_noisy * math.sqrt(now)
-            rows.append((sigma, to_clean, to_noisy))
-        self.sigma, self.to_clean, self.to_noisy = (Table(list(column)) for column in zip(*rows))
-        self.signal, self.noise = Table([math.sqrt(a) for a in abar]), Table([math.sqrt(1 - a) for a in abar])
+            to_noisy.append(math.sqrt((1 - before - sigma[k] ** 2) / (1 - now)))
+            to_clean.append(math.sqrt(before) - to_noisy[k] * math.sqrt(now))
+        self.sigma, self.to_clean, self.to_noisy = Table(sigma), Table(to_clean), Table(to_noisy)
+        self.signal, self.noise = Table([a**0.5 for a in abar]), Table([(1 - a) ** 0.5 for a in abar])
         self.taus = Table(tau)
 
     def tau(self, k):
@@ -119,7 +119,7 @@ class Schedule(nn.Module):
         """Clean estimate x0hat (E3) from the network's output at x_k, clipped to [-clip, clip]."""
         signal, noise = self.signal[self.tau(k)], self.noise[self.tau(k)]
         if self.predict == "epsilon":
-            output = -math.sqrt((1 - signal**2) / signal**2) * output + 1 / signal * x if isinstance(k, int) else -((1 - signal**2) / signal**2)**.5 * output + 1 / signal * x
+            output = (x - noise * output) / signal
         if self.predict == "v":
             output = signal * x - noise * output
         return output.clamp(-self.clip, self.clip)
@@ -162,7 +162,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x, k, obs):
         """Network output (..., A) at x_k (..., A) and s (..., S); k an int, or a LongTensor of x's leading axes."""
-        seen = obs[..., :self.obs_dim]  # the critic may see more than the policy (VectorEnv.policy_dim)
+        seen = obs[..., :self.obs_dim]  # the critic may see more (VectorEnv.policy_dim)
         return self.net(torch.cat([x, seen, self.embedding[k].expand(*x.shape[:-1], -1)], -1))
 
 
@@ -171,22 +171,21 @@ class Normalizer(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(dim).double())  # 12345.678, if constant, is 0 then
+        self.register_buffer("var", torch.ones(dim).double())
+        self.register_buffer("count", torch.zeros(()).double())
 
     def update(self, x):
         """Take in a batch x of shape (B, dim)."""
-        n, mean, var = len(x), x.mean(0), x.var(0, unbiased=False)
-        total, delta = self.count + n, mean - self.mean
-        self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
-        self.mean += delta * n / total
-        self.count.copy_(total)
+        x, n = x.double(), len(x)
+        delta, share = x.mean(0) - self.mean, n / (self.count + n)
+        self.var += share * (x.var(0, unbiased=False) - self.var + (1 - share) * delta**2)
+        self.mean += share * delta
+        self.count += n
 
     def forward(self, x):
         """x in standard deviations from the mean, clipped to [-10, 10], in torch's default dtype."""
-        x = (x - self.mean) * torch.rsqrt(self.var + 1e-8)
-        return x.clamp(-10, 10).to(torch.get_default_dtype())
+        return ((x - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10).to(torch.get_default_dtype())
 
 
 # ===== 3  The noise-conditioned policy ================================================================================
@@ -225,7 +224,8 @@ class Categorical(nn.Module):
         self.temperature = temperature
 
     def draw_noise(self, *shape, device=None):
-        return -torch.log(torch.empty(shape, device=device).exponential_())  # Gumbel: its argmax draws from the softmax
+        # Gumbel's distribution: with this noise the argmax draws from the softmax
+        return -torch.log(torch.empty(shape, device=device).exponential_())
 
     def sample(self, logits, noise):
         return (logits / self.temperature + noise).argmax(-1)
@@ -242,7 +242,7 @@ class NCDPO(nn.Module):
     """Noise-conditioned diffusion policy: the denoising chain is the mean, its noise part of the state (E6-E9).
 
     Observations are normalised, (B, S); actions (B, A) live in [-1, 1], or are indices (B,) with a Categorical head;
-    omega is (B, K, A). `denoiser` is any module net(x_k, k, s) with the shapes of Denoiser.forward; `schedule` are further
+    omega is (B, K, A). `denoiser` is any module net(x_k, k, s) with the shapes of Denoiser.forward; `schedule` are more
     arguments of Schedule. What must be kept with an action to score it again is its `latent`, which is omega here.
     """
 
@@ -298,7 +298,7 @@ class NCDPO(nn.Module):
 
     @torch.no_grad()
     def sample(self, obs, deterministic=False):
-        """Draw actions: action, log-likelihood, latent. `deterministic` leaves out the head's noise, not the chain's."""
+        """Draw actions: action, log-likelihood, latent; `deterministic` leaves out the head's noise alone."""
         omega, noise = self.draw_noise(len(obs), device=obs.device)
         return self.act(obs, omega, torch.zeros_like(noise) if deterministic else noise)
 
@@ -363,22 +363,23 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
 def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, max_grad_norm=0.5):
     """Epochs of minibatches over `batch`, a dictionary of tensors; the diagnostics, averaged over the minibatches.
 
-    loss_function(**minibatch) is ppo_loss with all but its tensors filled in. The gradient of each of the optimizer's
-    groups is scaled down to max_grad_norm.
+    loss_function(**minibatch) is ppo_loss with all but its tensors filled in. An epoch leaves out a remainder. The
+    gradient of each of the optimizer's groups is scaled down to max_grad_norm.
     """
-    device, size, taken = batch["obs"].device, len(batch["obs"]), []
+    size, taken = len(batch["obs"]), []
     minibatch_size = min(minibatch_size, size)
     for _ in range(epochs):
-        order = torch.randperm(size, device=device)[:size - size % minibatch_size]  # a remainder is left out
-        for pick in order.split(minibatch_size):
+        order = torch.randperm(size, device=batch["obs"].device)
+        for pick in order[:size - size % minibatch_size].split(minibatch_size):
             loss, diagnostics = loss_function(**{name: tensor[pick] for name, tensor in batch.items()})
             optimizer.zero_grad()
             loss.backward()
-            norms = [nn.utils.clip_grad_norm_(group["params"], max_grad_norm) for group in optimizer.param_groups]
+            groups = optimizer.param_groups
+            norms = [nn.utils.clip_grad_norm_(group["params"], max_grad_norm) for group in groups]
             optimizer.step()
             taken.append(diagnostics | {"grad_norm": norms[0]})
     means = [sum(row[name] for row in taken) / len(taken) for name in taken[0]]
-    return dict(zip(taken[0], torch.stack(means).tolist()))  # nothing waited for an accelerator until here
+    return dict(zip(taken[0], torch.stack(means).tolist()))  # the only wait for an accelerator
 
 
 # ===== 5  Training loop ===============================================================================================
@@ -409,21 +410,26 @@ class Trainer:
     """The state of a training run; `iterate` plays a rollout, learns from it and reports."""
 
     def __init__(self, config):
+        self.config, self.done, self.seconds = config, 0, 0.0
         auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.config, self.device = config, torch.device(auto if config.device == "auto" else config.device)
+        try:
+            self.device = torch.zeros(1, device=config.device.replace("auto", auto)).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {config.device} is not to be had: {error}") from error
         torch.manual_seed(config.seed)
         self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector, config.action_chunk)
         self.agent = Agent(config, *self.env.spaces).to(self.device)
         parts = [self.agent.policy, self.agent.critic] if config.critic_learning_rate else [self.agent]
-        self.optimizer = torch.optim.Adam([{"params": part.parameters()} for part in parts], eps=1e-5, fused=True)
-        self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # in environment steps
-        self.updates, self.done, self.seconds = config.total_timesteps // self.batch_size, 0, 0.0
+        groups = [{"params": part.parameters()} for part in parts]
+        self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+        self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # environment steps
+        self.updates = config.total_timesteps // self.batch_size
         if self.updates <= config.critic_warmup:
-            raise UserError(f"--total-timesteps must be at least {self.batch_size * (config.critic_warmup + 1)}: a rollout "
-                            f"has {self.batch_size} environment steps, --critic-warmup has {config.critic_warmup} updates")
+            raise UserError(f"--total-timesteps {config.total_timesteps} has no room for a rollout of "
+                            f"{self.batch_size} steps after a --critic-warmup of {config.critic_warmup}")
         self.obs = self.env.reset(config.seed)
-        self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far, to scale rewards
-        self.so_far = 0.0  # return, length, success of the episodes that go on into the next rollout
+        self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far
+        self.so_far = 0.0  # return, length and success so far of the episodes that go on
         coordinates = self.env.act_dim if config.mean_log_prob and not self.env.discrete else 1
         self.loss = partial(ppo_loss, self.agent.policy, self.agent.critic, clip_coef=config.clip_coef,
                             ent_coef=config.ent_coef, coordinates=coordinates)
@@ -441,8 +447,8 @@ class Trainer:
         row = ppo_update(self.loss, batch, self.optimizer, config.update_epochs, config.minibatch_size)
         row |= measure_chain(self.agent.policy, batch)
         if not all(map(math.isfinite, [*row.values(), rollout["obs"].sum(), rollout["reward"][..., 0].sum()])):
-            raise UserError(f"an observation, a reward or the loss is not finite in update {self.done + 1} (if it is "
-                            "the loss: lower --learning-rate)")
+            raise UserError(f"an observation, a reward or the loss is not finite in update {self.done + 1}; "
+                            "if it is the loss, lower --learning-rate")
         episodes = self.finished(rollout)
         if len(episodes):
             row |= zip(("return", "length", "success"), episodes.mean(0).tolist())
@@ -456,7 +462,7 @@ class Trainer:
     def play(self):
         """A rollout of T decisions of N environments: a dictionary of tensors (T, N, ...), with raw observations."""
         T, N, rows = self.config.num_steps, self.env.num_envs, []
-        omega, noise = self.agent.policy.draw_noise(T, N, device=self.device)  # afresh for each step (E9)
+        omega, noise = self.agent.policy.draw_noise(T, N, device=self.device)  # afresh each step (E9)
         for t in range(T):
             decision = self.agent.act(self.obs, omega[t], noise[t])
             obs, reward, terminated, truncated, final_obs = self.env.step(decision[0])
@@ -476,23 +482,22 @@ class Trainer:
     def make_batch(self, rollout):
         """The rollout as a batch of decisions for ppo_loss, (T * N, ...), and the critic's explained variance."""
         config, agent, H = self.config, self.agent, self.config.action_chunk
-        played = ~rollout["reward"].isnan()  # (T, N, H); not so after an episode's end within a chunk
+        played = ~rollout["reward"].isnan()  # (T, N, H); false behind an episode's end in a chunk
         reward = rollout["reward"].where(played, 0) @ config.gamma ** torch.arange(H, device=self.device)
         sums, self.carry = discounted_sums(reward, rollout["ended"], self.carry, config.gamma ** H)
         agent.reward_norm.update(sums.reshape(-1, 1))
-        reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10)  # in deviations of the return
+        # in standard deviations of the discounted return
+        reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10).to(reward)
 
         obs, final_obs = agent.obs_norm(rollout["obs"]), agent.obs_norm(rollout["final_obs"])
-        agent.obs_norm.update(rollout["obs"].flatten(0, 1))  # only now: these were the statistics that acted
+        agent.obs_norm.update(rollout["obs"].flatten(0, 1))  # only now: the old statistics acted
         value, final_value = agent.critic(obs).squeeze(-1), agent.critic(final_obs).squeeze(-1)
-        final_value *= (config.gamma or 1.0) ** (played.sum(-1) - H)  # a chunk cut short led there sooner
+        final_value *= (config.gamma or 1.0) ** (played.sum(-1) - H)  # a chunk cut short is there sooner
         advantage = advantages(reward, value, final_value, rollout["terminated"], rollout["ended"],
                                config.gamma ** H, config.gae_lambda)
         batch = rollout | {"obs": obs, "advantage": advantage, "target": advantage + value}
         batch = {name: batch[name].flatten(0, 1) for name in BATCH}
-        batch["log_prob"] = agent.policy.log_prob(batch["obs"], batch["action"], batch["latent"])
-        target = batch["target"]
-        return batch, (1 - (target - value.flatten()).var() / target.var().clamp(min=1e-8)).item()
+        return batch, 1 - (advantage.var() / batch["target"].var().clamp(min=1e-8)).item()
 
 
 def discounted_sums(reward, ended, carry, gamma):
@@ -509,16 +514,17 @@ def measure_chain(policy, batch, rows=128):
 
     sigma; chain_std (E17); and of NCDPO, with L = -mean(log pi A), the norm of dL/dx_{K-1} over that of dL/dx_0 (E13).
     """
-    row, few = {}, {name: tensor[::max(1, len(tensor) // rows)] for name, tensor in batch.items()}
+    few = {name: tensor[::max(1, len(tensor) // rows)] for name, tensor in batch.items()}
+    row = {}
     if isinstance(policy.head, Gaussian):
         row["sigma"] = policy.head.log_std.exp().mean().item()
-        if policy.K:
-            row["chain_std"] = chain_std(policy, few["obs"])
+    if policy.K and "sigma" in row:
+        row["chain_std"] = chain_std(policy, few["obs"])
     if policy.K and not isinstance(policy, DPPO):
         xs = policy.chain(few["obs"], few["latent"].requires_grad_())
         loss = -(policy.head.log_prob(xs[-1], few["action"]) * few["advantage"]).mean()
-        first, last = (gradient.norm().item() for gradient in torch.autograd.grad(loss, (xs[1], xs[-1])))
-        row["chain_gradient_ratio"] = first / max(last, 1e-30)
+        first, last = torch.autograd.grad(loss, (xs[1], xs[-1]))
+        row["chain_gradient_ratio"] = (first.norm() / last.norm().clamp(min=1e-30)).item()
     return row
 
 
@@ -526,7 +532,7 @@ def measure_chain(policy, batch, rows=128):
 def chain_std(policy, obs):
     """Standard deviation of the action over the chain's noise (std_chain of E17), from two draws at each obs (B, S)."""
     kind = obs.device.type
-    with torch.random.fork_rng([] if kind == "cpu" else [obs.device], device_type=kind):  # the run must not change
+    with torch.random.fork_rng([] if kind == "cpu" else [obs.device], device_type=kind):
         one, other = (policy.sample(obs, deterministic=True)[0] for _ in range(2))
     return ((one - other).square().mean() / 2).sqrt().item()
 
@@ -552,33 +558,34 @@ class VectorEnv:
         if self.discrete:
             self.act_dim, self.offset = int(space.n), int(space.start)
         else:
-            bounds = torch.as_tensor(np.tile([space.low, space.high], chunk).astype(float), device=self.envs.device)
-            (self.low, self.high), self.act_dim = bounds, bounds.shape[1]
-            self.rounds = np.issubdtype(space.dtype, np.integer)
+            self.low, self.high = torch.as_tensor(
+                np.tile([space.low, space.high], chunk).astype(float), device=self.envs.device)
+            self.center, self.half = (self.high + self.low) / 2, (self.high - self.low) / 2
+            self.act_dim, self.rounds = len(self.low), space.dtype.kind in "iu"
         self.obs_dim = math.prod(self.envs.observation_space.shape)
         self.policy_dim = getattr(self.envs, "policy_dim", self.obs_dim)
-        self.spaces = [self.obs_dim, self.act_dim, self.discrete, self.policy_dim]  # what an Agent is built for
+        self.spaces = [self.obs_dim, self.act_dim, self.discrete, self.policy_dim]  # of an Agent
 
     def to_task(self, action):
         """Actions (N, H * A) in [-1, 1] as the task takes them, float64 within its bounds; or indices (N,)."""
         action = action.to(self.envs.device)
         if self.discrete:
             return action + self.offset
-        action = (self.high + self.low) / 2 + (self.high - self.low) / 2 * action.clamp(-1, 1)
-        return (action.round() if self.rounds else action).clamp(self.low, self.high).float()
+        action = self.center + self.half * action.clamp(-1, 1)
+        return (action.round() if self.rounds else action).clamp(self.low, self.high)
 
     def reset(self, *seed, repeat=1):
         """First observations (N, S) of new episodes, all of whose randomness comes from `seed`.
 
-        With `repeat` the first N / repeat environments get seeds of their own, and those after them the same ones.
+        With `repeat` the first N / repeat copies of a Gymnasium task have seeds of their own, which the others repeat.
         """
         seeds = np.random.SeedSequence(seed).generate_state(self.num_envs // repeat) // 2
-        return self.envs.reset(seeds.tolist() * repeat).to(self.device).float()
+        return self.envs.reset(seeds.tolist() * repeat).to(self.device)
 
     def step(self, action):
         """Action (N, H * A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N, H), two bools (N,)."""
         obs, reward, *rest = (x.to(self.device) for x in self.envs.step(self.to_task(action)))
-        return obs.float(), reward.float(), *rest[:2], rest[2].float()
+        return obs, reward.float(), *rest
 
 
 def make_envs(env_id, num_envs, chunk, device, vector):
@@ -596,12 +603,13 @@ def make_envs(env_id, num_envs, chunk, device, vector):
         raise UserError(f"cannot make {env_id}: {error}") from error
     one = own or make_env(env_id)
     obs, act = one.observation_space, one.action_space
-    box = isinstance(act, gym.spaces.Box) and len(act.shape) == 1 and act.is_bounded() and not (own and chunk > 1)
-    discrete = isinstance(act, gym.spaces.Discrete) and chunk == 1
+    discrete = isinstance(act, gym.spaces.Discrete)
+    box = isinstance(act, gym.spaces.Box) and len(act.shape) == 1 and act.is_bounded()
     if not isinstance(obs, gym.spaces.Box) or not (box or discrete):
-        raise UserError(f"{env_id} has observations {obs} and actions {act}, but only Box observations and Discrete or "
-                        "bounded flat Box actions will do: wrap it (gymnasium.wrappers); Discrete ones and games need "
-                        "--action-chunk 1")
+        raise UserError(f"{env_id} has observations {obs} and actions {act}, but only Box observations and "
+                        "Discrete or bounded flat Box actions will do: wrap it (gymnasium.wrappers)")
+    if chunk > 1 and (own or discrete):
+        raise UserError(f"{env_id} takes one action at a time: give --action-chunk 1")
     batched = None if own or vector == "sync" else batched_envs(one, num_envs, chunk, device, vector)
     return own or batched or GymnasiumEnvs(env_id, num_envs, chunk)
 
@@ -613,7 +621,7 @@ def make_env(env_id, **more):
         warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
         if "mujoco" in entry:
             import mujoco
-            mujoco.set_mju_user_warning(lambda message: None)  # MuJoCo 4 on the age of Gymnasium's models, N times
+            mujoco.set_mju_user_warning(lambda message: None)  # on the age of Gymnasium's models
         try:
             return gym.make(env_id, disable_env_checker=True, **more)
         except (gym.error.Error, ImportError) as error:
@@ -621,44 +629,13 @@ def make_env(env_id, **more):
         except (AssertionError, ValueError) as error:
             if not re.match("gymnasium_robotics|metaworld", entry):
                 raise
-            raise UserError(f"{env_id} cannot be made with MuJoCo {mujoco_version()} ({error}): its suite wants an older "
-                            "one (pip install 'mujoco<4', in an environment of its own)") from error
+            raise UserError(f"{env_id} cannot be made with MuJoCo {mujoco_version()} ({error}): its suite wants "
+                            "MuJoCo 3 (pip install 'mujoco<4', in an environment of its own)") from error
 
 
 def mujoco_version():
     """Of the package that is installed."""
-    try:
-        return importlib.metadata.version("mujoco")
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-class Copy:
-    """One copy of a Gymnasium task: plays chunks of actions, and begins a new episode where one ends."""
-
-    def __init__(self, env_id, chunk):
-        self.env, self.chunk = make_env(env_id), chunk
-
-    def reset(self, seed=None):
-        return flat(self.env.reset(seed=seed)[0])
-
-    def step(self, action):
-        """Chunk (H * A,), or index (), of the task; obs, rewards (H,), NaN if not played, two bools, final_obs."""
-        rewards = np.full(self.chunk, np.nan)
-        for i, part in enumerate(np.split(action, self.chunk) if self.chunk > 1 else [action]):
-            obs, reward, terminated, truncated, _ = self.env.step(part.astype(self.env.action_space.dtype))
-            rewards[i] = np.asarray(reward).item()  # a task may give an array of one number
-            if not math.isfinite(rewards[i]):
-                raise UserError(f"{self.env.spec.id} gave the reward {reward}, which is not finite")
-            if terminated or truncated:
-                break
-        final_obs = flat(obs)
-        return self.reset() if terminated or truncated else final_obs, rewards, terminated, truncated, final_obs
-
-
-def flat(obs):
-    """A copy of a task's observation, (S,): some tasks write the next one into the same array."""
-    return np.array(obs, np.float64).ravel()
+    return next((found.version for found in importlib.metadata.distributions(name="mujoco")), "none")
 
 
 class GymnasiumEnvs:
@@ -670,20 +647,43 @@ class GymnasiumEnvs:
     kind, device = "sync", torch.device("cpu")
 
     def __init__(self, env_id, num_envs, chunk):
-        self.copies = [Copy(env_id, chunk) for _ in range(num_envs)]
-        self.observation_space, self.action_space = self.copies[0].env.observation_space, self.copies[0].env.action_space
+        self.tasks, self.chunk = [make_env(env_id) for _ in range(num_envs)], chunk
+        one = self.tasks[0]
+        self.observation_space, self.action_space = one.observation_space, one.action_space
         self.success = torch.full((num_envs,), torch.nan)
 
     def reset(self, seeds):
-        return torch.as_tensor(np.stack([copy.reset(seed) for copy, seed in zip(self.copies, seeds)]))
+        first = [flat(task.reset(seed=seed)[0]) for task, seed in zip(self.tasks, seeds)]
+        return torch.as_tensor(np.stack(first))
 
     def step(self, action):
-        rows = [copy.step(one) for copy, one in zip(self.copies, action.numpy())]
+        """Actions in the tasks' units, (N, H * A) or (N,); what VectorEnv.step returns."""
+        action = action.numpy().astype(self.action_space.dtype)
+        rows = [self.play(task, one) for task, one in zip(self.tasks, action)]
         return [torch.as_tensor(np.stack(column)) for column in zip(*rows)]
 
+    def play(self, task, action):
+        """Play a chunk in one copy, and begin a new episode if it ends the old one."""
+        rewards = np.full(self.chunk, np.nan)
+        for i, part in enumerate(np.split(action, self.chunk) if self.chunk > 1 else [action]):
+            obs, reward, terminated, truncated, _ = task.step(part)
+            rewards[i] = np.asarray(reward).item()  # a task may give an array of one number
+            if not math.isfinite(rewards[i]):
+                raise UserError(f"{task.spec.id} gave the reward {reward}, which is not finite")
+            if terminated or truncated:
+                break
+        final_obs = flat(obs)
+        obs = flat(task.reset()[0]) if terminated or truncated else final_obs
+        return obs, rewards, bool(terminated), bool(truncated), final_obs
+
     def close(self):
-        for copy in self.copies:
-            copy.env.close()
+        for task in self.tasks:
+            task.close()
+
+
+def flat(obs):
+    """A copy of a task's observation, (S,): some tasks write the next one into the same array."""
+    return np.array(obs, float).ravel()
 
 
 # ===== 7  MuJoCo in batches ===========================================================================================
@@ -694,12 +694,12 @@ def batched_envs(env, num_envs, chunk, device, vector):
     HalfCheetah, Hopper and Walker2d, v4 and v5, without wrappers of one's own: on a GPU by MuJoCo Warp, where that is
     installed or `vector` is "warp", else on the threads of a CPU.
     """
-    limit = env.spec.max_episode_steps or math.inf
+    limit = math.inf
     while type(env).__module__ == "gymnasium.wrappers.common":  # the wrappers of gym.make itself
-        env = env.env
+        limit, env = min(limit, getattr(env, "_max_episode_steps", limit)), env.env
     if not re.fullmatch(r"gymnasium\.envs\.mujoco\.(half_cheetah|hopper|walker2d)_v[45]", type(env).__module__):
         if vector == "warp":
-            raise UserError("--vector warp has HalfCheetah, Hopper and Walker2d, v4 and v5, alone: give --vector auto")
+            raise UserError("--vector warp has HalfCheetah, Hopper and Walker2d alone: give --vector auto")
         return None
     if vector == "warp" or device.type == "cuda" and importlib.util.find_spec("mujoco_warp"):
         return MujocoEnvs(env, limit, chunk, WarpPool(env.model, num_envs, env.frame_skip, device))
@@ -746,11 +746,8 @@ class WarpPool:
     kind = "warp"
 
     def __init__(self, model, num_envs, frame_skip, device):
-        try:
-            import mujoco_warp
-            import warp
-        except ImportError as error:
-            raise UserError(f"{error}: pip install mujoco-warp, with Python 3.11 or newer") from error
+        import mujoco_warp  # pip install mujoco-warp, with Python 3.11 or newer
+        import warp
         warp.config.log_level = warp.LOG_WARNING
         contacts = 3 * model.ngeom  # a capsule lies on the floor at two points
         with warp.ScopedDevice(str(device)):
@@ -763,7 +760,8 @@ class WarpPool:
         stream = warp.stream_from_torch(device) if device.type == "cuda" else None
         self.launch = partial(warp.capture_launch, capture.graph, stream)
         self.arrays = m, d  # kept alive: these are views of their memory
-        self.qpos, self.qvel, self.ctrl, self.warmstart = map(warp.to_torch, (d.qpos, d.qvel, d.ctrl, d.qacc_warmstart))
+        self.qpos, self.qvel = warp.to_torch(d.qpos), warp.to_torch(d.qvel)
+        self.ctrl, self.warmstart = warp.to_torch(d.ctrl), warp.to_torch(d.qacc_warmstart)
 
     def step(self, ctrl):
         self.ctrl.copy_(ctrl)
@@ -785,11 +783,12 @@ class MujocoEnvs:
 
     def __init__(self, env, limit, chunk, pool):
         self.env, self.limit, self.chunk, self.pool = env, limit, chunk, pool
-        self.close, self.observation_space, self.action_space = env.close, env.observation_space, env.action_space
-        self.kind, self.device = pool.kind, pool.qpos.device
-        self.success, self.random = torch.full_like(pool.qpos[:, 0], torch.nan), torch.Generator(self.device)
-        self.age, self.first = torch.zeros_like(self.success), [
-            torch.from_numpy(x).to(pool.qpos) for x in (env.init_qpos, env.init_qvel)]
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.close, self.kind, self.device = env.close, pool.kind, pool.qpos.device
+        self.random = torch.Generator(self.device)
+        self.age = torch.zeros(len(pool.qpos), device=self.device)
+        self.success = torch.full_like(self.age, torch.nan)
+        self.first = [torch.from_numpy(x).to(pool.qpos) for x in (env.init_qpos, env.init_qvel)]
         self.can_fall = hasattr(env, "_healthy_z_range")  # Hopper and Walker2d
 
     def reset(self, seeds):
@@ -830,21 +829,21 @@ class MujocoEnvs:
         if not self.can_fall:
             return reward, torch.zeros_like(reward, dtype=torch.bool)
         healthy, ends = self.healthy(), env._terminate_when_unhealthy
-        paid = healthy | (ends and type(env).__module__.endswith("v4"))  # v4 pays in the last step too
-        return reward + env._healthy_reward * paid, ~healthy & ends
+        paid = healthy | (ends and type(env).__module__.endswith("v4"))  # which pays the last step
+        return reward + env._healthy_reward * paid.to(reward), ~healthy & ends
 
     def step(self, action):
         pool, rewards = self.pool, []
         terminated, truncated = torch.zeros(2, len(action), dtype=torch.bool, device=self.device)
-        alive, final_obs = ~terminated, self.observe()
-        for part in action.chunk(self.chunk, 1):
+        alive = ~terminated
+        for i, part in enumerate(action.chunk(self.chunk, 1)):
             x_before = pool.qpos[:, 0].clone()
             pool.step(part)  # also where the episode has ended: what happens there is not looked at
             reward, fell = self.outcome(x_before, part)
             # a state that diverged is no consequence of an action: it terminates, with zeros for what is not known
             diverged = ~(torch.cat([pool.qpos, pool.qvel], 1).abs() < 1e10).all(1)  # MuJoCo's own limit
             obs = self.observe().masked_fill(diverged[:, None], 0)
-            final_obs = obs.where(alive[:, None], final_obs)
+            final_obs = obs.where(alive[:, None], final_obs) if i else obs
             rewards.append(reward.masked_fill(diverged, 0).masked_fill(~alive, torch.nan))
             self.age += 1
             terminated |= alive & (diverged | fell)
@@ -880,34 +879,30 @@ class DPPO(NCDPO):
         super().__init__(obs_dim, act_dim, **{"head": Gaussian(act_dim, min_std, fixed=True)} | chain)
         steps_to_go = torch.arange(self.K - 1, -1, -1)
         std = (self.noise_scale * self.schedule.sigma.rows).clamp(min=min_std)
-        self.register_buffer("std", std, persistent=False)  # of step k, (K + 1, 1)
+        self.register_buffer("log_std", torch.log(std), persistent=False)  # of step k, (K + 1, 1)
         self.register_buffer("ks", steps_to_go + 1, persistent=False)  # K, ..., 1
-        self.register_buffer("weight", gamma_denoising ** steps_to_go.float(), persistent=False)  # of the advantage
+        self.register_buffer("weight", gamma_denoising ** steps_to_go.float(), persistent=False)
 
     def act(self, obs, omega, noise):
         xs, log_probs = [omega[:, 0]], []
         for k in range(self.K, 1, -1):
             mu = self.mu(xs[-1], k, obs)
-            xs.append(mu + self.std[k] * omega[:, self.K + 1 - k] / self.noise_scale)
-            log_probs.append(self.slp(mu, xs[-1], k))
+            xs.append(mu + torch.exp(self.log_std[k]) * omega[:, self.K + 1 - k] / self.noise_scale)
+            log_probs.append(gaussian_log_prob(xs[-1], mu, self.log_std[k]))
         mu = self.mu(xs[-1], 1, obs)
         action = self.head.sample(mu, noise)
         return action, torch.stack([*log_probs, self.head.log_prob(mu, action)], 1), torch.stack(xs, 1)
 
     def evaluate_actions(self, obs, action, latent):
         mu = self.mu(latent, self.ks, obs[:, None].expand(-1, self.K, -1))  # (B, K, A), all steps at once
-        steps = self.slp(mu[:, :-1], latent[:, 1:], self.ks[:-1])
+        steps = gaussian_log_prob(latent[:, 1:], mu[:, :-1], self.log_std[self.ks[:-1]])
         last = self.head.log_prob(mu[:, -1], action)
         return torch.cat([steps, last[:, None]], 1), self.head.entropy(mu[:, -1])
-
-    def slp(self, mu, x_before, k):
-        z = (x_before - mu) / self.std[k]
-        return (-0.5 * z**2 - torch.log(self.std[k]) - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def objective(self, log_ratio, A, clip):
         """E12 for each of the K decisions: log_ratio (B, K), A (B,) discounted by the steps to go (E15)."""
         objective, kl, clipped = clipped_objective(log_ratio, A[:, None] * self.weight, clip)
-        return objective, kl * self.weight.numel(), clipped  # the KL of an action is that of all its decisions
+        return objective, kl * self.K, clipped  # the KL of an action is that of all its decisions
 
 
 def make_policy(c, obs_dim, act_dim, discrete):
@@ -915,11 +910,13 @@ def make_policy(c, obs_dim, act_dim, discrete):
     if discrete:
         head = Categorical(1.0 if c.algo == "ppo" else c.temperature)
     else:
-        head = Gaussian(act_dim, c.min_std if c.algo == "dppo" else c.init_std, fixed=c.algo == "dppo")
+        fixed = c.algo == "dppo"
+        head = Gaussian(act_dim, c.min_std if fixed else c.init_std, fixed)
     if c.algo == "ppo":
         return MLPPolicy(obs_dim, act_dim, c.hidden, c.activation, head)
-    chain = dict(steps=c.denoising_steps, hidden=c.hidden, activation=c.activation, noise_scale=c.noise_scale, head=head,
-                 predict=c.predict, eta=c.eta, clip=c.clip_denoised, sampling_steps=c.sampling_steps)
+    chain = dict(steps=c.denoising_steps, hidden=c.hidden, activation=c.activation, head=head,
+                 noise_scale=c.noise_scale, predict=c.predict, eta=c.eta, clip=c.clip_denoised,
+                 sampling_steps=c.sampling_steps)
     if c.algo == "dppo":
         return DPPO(obs_dim, act_dim, c.min_std, c.gamma_denoising, **chain)
     return NCDPO(obs_dim, act_dim, **chain)
@@ -927,8 +924,8 @@ def make_policy(c, obs_dim, act_dim, discrete):
 
 # ===== 9  Run folder ==================================================================================================
 
-COLUMNS = ("update step seconds episodes return length success approx_kl clip_fraction explained_variance policy_loss "
-           "value_loss entropy grad_norm sigma chain_std chain_gradient_ratio learning_rate").split()
+COLUMNS = """update step seconds episodes return length success approx_kl clip_fraction explained_variance
+    policy_loss value_loss entropy grad_norm sigma chain_std chain_gradient_ratio learning_rate""".split()
 CHECKPOINT_SECONDS = 10  # between two checkpoints
 MAY_CHANGE = {"total_timesteps", "episodes", "device", "vector"}  # by --resume
 
@@ -949,9 +946,10 @@ def train(config, resume=None):
         with locked(run):
             if resume:
                 resume_from(trainer, run)
+            keep_rows(run / "metrics.csv", trainer.done)
             save_config(config, run)
-            print(f"{config.algo} on {config.env}, seed {config.seed}: {config.num_envs} environments "
-                  f"({trainer.env.envs.kind}) on {trainer.device}, from update {trainer.done + 1} on, in {run}", flush=True)
+            kind = f"{config.num_envs} environments ({trainer.env.envs.kind}) on {trainer.device}"
+            print(f"{config.algo} on {config.env}, seed {config.seed}: {kind}; writing {run}", flush=True)
             run_updates(trainer, run)
     print(describe(evaluate(run, config.episodes)), flush=True)
     return read_metrics(run)
@@ -961,36 +959,38 @@ def run_updates(trainer, run):
     """Iterate to the end: metrics.csv, checkpoints, progress. What stops it early leaves the last checkpoint."""
     first, saved, recent = trainer.done, trainer.done, []
     started = checkpoint_at = time.perf_counter()
-    keep_rows(run / "metrics.csv", first)
+    save_checkpoint(trainer, run)
     try:
         while trainer.done < trainer.updates:
             row = trainer.iterate()
             cells = (row.get(name, math.nan) for name in COLUMNS)
             with open(run / "metrics.csv", "a") as file:
-                file.write(",".join("" if cell != cell else f"{cell:.6g}" if isinstance(cell, float) else f"{cell}" for cell in cells) + "\n")
+                file.write(",".join(f"{cell:.10g}" if cell == cell else "" for cell in cells) + "\n")
             recent = (recent + [row.get("return")] * row["episodes"])[-20:]
             now = time.perf_counter()
-            if 20 * trainer.done // trainer.updates > 20 * (trainer.done - 1) // trainer.updates:  # each twentieth
-                pace = (now - started) / (trainer.done - first)  # seconds an update
-                print(f"{row['step']:>13,} steps ({trainer.done / trainer.updates:.0%}),",
-                      f"return {np.mean(recent):.1f}," if recent else "no episode yet,",
-                      f"{trainer.batch_size / pace:,.0f} steps/s, {pace * (trainer.updates - trainer.done):.0f} s left",
-                      flush=True)
+            done, all_of_them = trainer.done, trainer.updates
+            if 20 * done // all_of_them > 20 * (done - 1) // all_of_them:  # each twentieth
+                pace = (now - started) / (done - first)  # seconds an update
+                score = f"return {np.mean(recent):.1f}" if recent else "no episode yet"
+                print(f"{row['step']:>13,} steps ({done / all_of_them:.0%}), {score}, "
+                      f"{trainer.batch_size / pace:,.0f} steps/s, {pace * (all_of_them - done):.0f} s left", flush=True)
             if now - checkpoint_at > CHECKPOINT_SECONDS or trainer.done == trainer.updates:
                 save_checkpoint(trainer, run)
                 saved, checkpoint_at = trainer.done, now
     finally:
         if saved < trainer.updates:
-            print(f"ncdpo: stopped; update {saved} is saved: python ncdpo.py --resume {run}", file=sys.stderr)
+            how = f"python ncdpo.py --resume {run}"
+            print(f"ncdpo: stopped; go on after update {saved} by {how}", file=sys.stderr)
 
 
 def keep_rows(path, updates):
     """Cut metrics.csv to its first `updates` rows, which the checkpoint knows; UserError if they are not there."""
     header = ",".join(COLUMNS)
-    lines = path.read_text().splitlines()[:updates + 1] if updates else [header]
+    with reading(path.parent):
+        lines = path.read_text().splitlines()[:updates + 1] if updates else [header]
     numbers = [line.split(",")[0] for line in lines if line.count(",") == header.count(",")]
-    if lines[0] != header or numbers != ["update", *map(str, range(1, updates + 1))]:
-        raise UserError(f"{path} has not the rows of updates 1 to {updates}; a new run can start --init-from this one")
+    if lines[:1] != [header] or numbers != ["update", *map(str, range(1, updates + 1))]:
+        raise UserError(f"{path} has not the rows of updates 1 to {updates}: give --init-from, not --resume")
     write(path, "\n".join([*lines, ""]).encode())
 
 
@@ -1015,7 +1015,7 @@ def locked(run):
         except ImportError:  # Windows has another way
             pass
         except OSError as error:
-            raise UserError(f"{run} is being written by another process: wait for it, or stop it") from error
+            raise UserError(f"another process writes {run}: wait for it, or stop it") from error
         yield
 
 
@@ -1027,7 +1027,7 @@ def write(path, content):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); check its folder and the free space") from error
+        raise UserError(f"cannot write {path} ({error}): check folder and free space") from error
 
 
 def save_config(config, run):
@@ -1043,21 +1043,18 @@ def reading(run):
     try:
         yield
     except Exception as error:
-        raise UserError(f"{run} is no run folder of this version of ncdpo.py, is damaged, or has no checkpoint yet: "
-                        f"{str(error)[:300]}") from error
+        why = str(error)[:300]
+        raise UserError(f"{run} is damaged, or no run folder of this version of ncdpo.py: {why}") from error
 
 
 def load_config(run):
-    """Config of a run folder; UserError where there is none, a word of warning if MuJoCo was another then."""
+    """Config of a run folder; raises UserError where there is none."""
     with reading(run):
         fields = json.loads(Path(run, "config.json").read_text())
-        version = fields.pop("versions")["mujoco"]
+        del fields["versions"]
         if fields.keys() != vars(Config()).keys():
-            raise ValueError(f"its fields are others, such as {min(fields.keys() ^ vars(Config()).keys())}")
-        config = Config(**fields)
-    if version != mujoco_version():
-        print(f"ncdpo: {run} is of MuJoCo {version}, this is {mujoco_version()}: physics differs", file=sys.stderr)
-    return config
+            raise ValueError(f"other fields, such as {min(fields.keys() ^ vars(Config()).keys())}")
+        return Config(**fields)
 
 
 def save_checkpoint(trainer, run):
@@ -1069,13 +1066,20 @@ def save_checkpoint(trainer, run):
     write(run / "checkpoint.pt", buffer.getvalue())
 
 
-def load_agent(run, device, **changed):
-    """Config (but for what is `changed`), Agent and whole checkpoint of a run folder; raises UserError."""
+def load_agent(run, where, /, **changed):
+    """Config (but for what is `changed`), Agent and whole checkpoint of a run folder, on the device `where`.
+
+    Raises UserError; warns if MuJoCo was another then.
+    """
     config = dataclasses.replace(load_config(run), **changed)
     with reading(run):
-        state = torch.load(Path(run, "checkpoint.pt"), map_location=device, weights_only=True)
-        agent = Agent(config, *state["spaces"]).to(device)
+        state = torch.load(Path(run, "checkpoint.pt"), map_location=where, weights_only=True)
+        agent = Agent(config, *state["spaces"]).to(where)
         agent.load_state_dict(state["agent"])
+        version = json.loads(Path(run, "config.json").read_text())["versions"]["mujoco"]
+    if version != mujoco_version():
+        physics = f"MuJoCo {version}, this is {mujoco_version()}: physics differs"
+        print(f"ncdpo: {run} is of {physics}", file=sys.stderr)
     return config, agent, state
 
 
@@ -1083,13 +1087,14 @@ def require_same(before, config, names):
     """Raises UserError for the first of the fields `names` in which a configuration differs from that of its run."""
     for name in sorted(names):
         if getattr(before, name) != getattr(config, name):
-            raise UserError(f"the run has {name} = {getattr(before, name)}: leave out --{name.replace('_', '-')}")
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"the run has {name} = {getattr(before, name)}: leave out {flag}")
 
 
 def require_spaces(env, state):
     """Raises UserError if the agent whose checkpoint is `state` cannot play in `env`."""
     if state["spaces"] != env.spaces:
-        raise UserError(f"{env.env_id} has other observations or actions than the task that the run was trained on")
+        raise UserError(f"{env.env_id} has other observations or actions than the run's task")
 
 
 def resume_from(trainer, run):
@@ -1097,13 +1102,16 @@ def resume_from(trainer, run):
     _, agent, state = load_agent(run, trainer.device)
     require_spaces(trainer.env, state)
     trainer.agent.load_state_dict(agent.state_dict())
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.done, trainer.seconds = state["update"], state["seconds"]
-    torch.manual_seed(1_000 * trainer.config.seed + trainer.done)  # an accelerator must not repeat its first noise
-    torch.set_rng_state(state["random"].cpu())
+    with reading(run):
+        # an accelerator must not repeat its first noise
+        torch.manual_seed(1_000 * trainer.config.seed + state["update"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
+        trainer.done, trainer.seconds = int(state["update"]), float(state["seconds"])
     trainer.obs = trainer.env.reset(trainer.config.seed, trainer.done)
     if trainer.done >= trainer.updates:
-        raise UserError(f"{run} is finished after {trainer.done * trainer.batch_size:,} steps; raise --total-timesteps")
+        steps = trainer.done * trainer.batch_size
+        raise UserError(f"{run} is finished after {steps:,} steps; raise --total-timesteps")
 
 
 def start_from(trainer, run):
@@ -1112,13 +1120,14 @@ def start_from(trainer, run):
     require_same(before, config, ["denoising_steps", "predict", "hidden", "activation", "action_chunk"])
     require_spaces(trainer.env, state)
     if before.algo != config.algo and "ppo" in (before.algo, config.algo):
-        raise UserError(f"{run} was trained by {before.algo}, whose network is not that of {config.algo}")
+        raise UserError(f"{run} is of {before.algo}, whose network is not that of {config.algo}")
     if config.algo == "dppo" or (before.algo, before.init_std) != (config.algo, config.init_std):
         agent.policy.head = trainer.agent.policy.head  # keep our sigma
     trainer.agent.load_state_dict(agent.state_dict())
 
 
 @torch.no_grad()
+@torch.random.fork_rng([])
 def evaluate(run, episodes=10, max_steps=100_000, **changed):
     """Play `episodes` episodes of a saved run, each to max_steps, in three ways: {way: {"return": array, ...}}.
 
@@ -1128,21 +1137,25 @@ def evaluate(run, episodes=10, max_steps=100_000, **changed):
     entry. Also "length" and "success". `changed` are fields of Config. It runs on the CPU, all ways at once.
     """
     config, agent, state = load_agent(run, torch.device("cpu"), **changed)
-    ways, seed = ["exploring", "mean action", "zero noise"][:3 if agent.policy.K else 2], 1_000_003 + config.seed
+    ways = ["exploring", "mean action", "zero noise"][:3 if agent.policy.K else 2]
     env = VectorEnv(config.env, episodes * len(ways), torch.device("cpu"), chunk=config.action_chunk)
     require_spaces(env, state)
-    with contextlib.closing(env), torch.random.fork_rng([]):
-        torch.manual_seed(seed)  # apart from training's
-        obs, way = env.reset(seed, repeat=len(ways)), torch.arange(env.num_envs) * len(ways) // env.num_envs
-        alive, sums = torch.ones(env.num_envs, 1), torch.zeros(env.num_envs, 3)  # return, length, success
-        while alive.any() and sums[:, 1].max() < max_steps:  # a task without a time limit may never end
-            omega, noise = agent.policy.draw_noise(env.num_envs)
+    N, seed = env.num_envs, 1_000_003 + config.seed  # apart from training's
+    way = torch.arange(N) * len(ways) // N  # of each environment
+    alive, sums = torch.ones(N, 1), torch.zeros(N, 3)
+    with contextlib.closing(env):
+        torch.default_generator.manual_seed(seed)
+        obs = env.reset(seed, repeat=len(ways))
+        while alive.any() and sums[:, 1].max() < max_steps:  # some tasks never end
+            omega, noise = agent.policy.draw_noise(N)
             omega[way == 2] = 0
             noise[way > 0] = 0
             obs, reward, terminated, truncated, _ = env.step(agent.act(obs, omega, noise)[0])
-            sums += alive * torch.stack([reward.nansum(1), reward.isfinite().sum(1), env.envs.success], 1)
+            parts = reward.nansum(1), reward.isfinite().sum(1), env.envs.success
+            sums += alive * torch.stack(parts, 1)
             alive[terminated | truncated] = 0
-    return {name: dict(zip(("return", "length", "success"), sums[way == i].T.numpy())) for i, name in enumerate(ways)}
+    names = ("return", "length", "success")
+    return {name: dict(zip(names, sums[way == i].T.numpy())) for i, name in enumerate(ways)}
 
 
 def describe(result):
@@ -1150,7 +1163,9 @@ def describe(result):
     lines = []
     for way, values in result.items():
         spread = [f"{what} {x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
-                  for what, x in values.items() if x[0] == x[0]]  # success is NaN where the task knows none
+                  for what, x in values.items() if what != "success"]
+        if np.isfinite(values["success"]).all():  # NaN: the task tells none
+            spread.append(f"success {values['success'].mean():.0%}")
         lines.append(f"{way:>13}: {', '.join(spread)}")
     return "\n".join(lines)
 
@@ -1175,41 +1190,41 @@ class Config:
     env: str = "HalfCheetah-v4"  # Gymnasium id, or module:name of a task of your own
     algo: Literal["ncdpo", "ppo", "dppo"] = "ncdpo"  # what the policy is; nothing else differs
     seed: int = 1  # seed of the weights, the noise and the environments
-    total_timesteps: int = 1_000_000  # environment steps, summed over the environments (or a game's agents)
+    total_timesteps: int = 1_000_000  # environment steps of all environments (or agents of a game)
     episodes: int = 10  # episodes of an evaluation
     runs: str = "runs"  # folder of the run folders
-    init_from: str | None = None  # start from this run, with its flags but --total-timesteps and --runs
+    init_from: str | None = None  # start from this run, with its flags but for its end
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    vector: Literal["auto", "warp", "sync"] = "auto"  # simulator: MuJoCo in batches (on a GPU by Warp) where it can
+    vector: Literal["auto", "warp", "sync"] = "auto"  # auto: MuJoCo in batches where it can
 
     # PPO
     num_envs: int = 32  # parallel environments (of a game: worlds)
-    num_steps: int = 64  # decisions T of each environment in a rollout; N * T decisions make an update
+    num_steps: int = 64  # decisions T of each environment in a rollout
     learning_rate: float = 5e-4  # of Adam, falling linearly to zero
     gamma: float = 0.98  # discount of rewards, per environment step
     gae_lambda: float = 0.92  # lambda of generalised advantage estimation, per decision
-    minibatch_size: int = 512  # decisions in a minibatch, at most a rollout; an epoch leaves out the remainder
+    minibatch_size: int = 512  # decisions in a minibatch, at most a rollout
     update_epochs: int = 5  # passes over each rollout
     clip_coef: float = 0.2  # clip of the likelihood ratio (E12)
-    ent_coef: float = 0.0  # weight of the entropy bonus (no effect on DPPO's Box actions, whose sigma is fixed)
-    critic_learning_rate: float | None = None  # if given, the critic's own, and its gradient is clipped by itself
-    critic_warmup: int = 0  # first updates in which only the critic learns (it needs --critic-learning-rate)
+    ent_coef: float = 0.0  # weight of the entropy bonus (dppo's sigma is fixed)
+    critic_learning_rate: float | None = None  # if given, the critic's own
+    critic_warmup: int = 0  # first updates, in which only the critic learns
     hidden: int = 128  # width of the two hidden layers of actor and critic
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
-    init_std: float = 0.22  # initial sigma (E7), Box actions of ncdpo and ppo; --init-from's stays unless this differs
-    action_chunk: int = 1  # actions H that are denoised together and played in a row: one decision of PPO
-    mean_log_prob: bool = False  # average log-likelihoods over a Box action's coordinates instead of summing them
+    init_std: float = 0.22  # initial sigma (E7) of ncdpo and ppo; --init-from's stays if equal
+    action_chunk: int = 1  # actions H that are played in a row: one decision of PPO
+    mean_log_prob: bool = False  # average log-likelihoods over coordinates, not sum
 
     # the denoising chain of ncdpo and dppo
     denoising_steps: int = 5  # K, from 1 to 100
-    sampling_steps: int | None = None  # run the chain on so many of its K steps (E18); cloning learns all
+    sampling_steps: int | None = None  # run the chain on so many of its K steps (E18)
     predict: Literal["sample", "epsilon", "v"] = "sample"  # what the network predicts (E2, E3)
     eta: float = 1.0  # noise of the reverse chain (E4): 1 is DDPM, 0 is DDIM
-    noise_scale: float = 1.0  # factor of all the chain's noise, x_K and sigma_k: below 1 actions are less diverse
-    clip_denoised: float = 1.0  # x_max: the clean estimate is clipped to [-x_max, x_max] at each step (E3)
+    noise_scale: float = 1.0  # factor of all the chain's noise, x_K and sigma_k
+    clip_denoised: float = 1.0  # x_max: clip of the clean estimate at each step (E3)
     temperature: float = 0.1  # of the softmax over denoised logits (E8), for Discrete actions
     min_std: float = 0.1  # dppo: floor of each step's standard deviation (E15)
-    gamma_denoising: float = 0.99  # dppo: discount of the advantage per denoising step still to go (E15)
+    gamma_denoising: float = 0.99  # dppo: discount per denoising step still to go (E15)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -1237,8 +1252,8 @@ class Config:
         return cls(**{"env": env, **PRESETS.get(env.split("/")[-1].rsplit("-v", 1)[0], {}), **given})
 
 
-LIMITS = {"denoising_steps": (1, 100), "seed": (0, 2**31 - 1), "minibatch_size": (2, 10**9), "num_steps": (2, 10**6),
-          "hidden": (1, 4096), "critic_warmup": (0, 10**9), "ent_coef": (0, 1e6), "eta": (0, 1), "gamma": (0, 1),
+LIMITS = {"denoising_steps": (1, 100), "seed": (0, 2**31 - 1), "minibatch_size": (2, 1e9), "num_steps": (2, 1e6),
+          "hidden": (1, 4096), "critic_warmup": (0, 1e9), "ent_coef": (0, 1e6), "eta": (0, 1), "gamma": (0, 1),
           "gae_lambda": (0, 1), "gamma_denoising": (0, 1)}
 PRESETS = {  # by the name of the task without its version; the same for all algorithms
     "Hopper": dict(num_envs=16, num_steps=128, init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95,
@@ -1285,7 +1300,7 @@ def main(arguments=None):
         else:
             train(config, resumed)
     except UserError as error:
-        print(f"ncdpo: {error}.", file=sys.stderr)
+        print(f"ncdpo: {' '.join(str(error).split()).rstrip('.')}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
