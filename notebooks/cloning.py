@@ -1,25 +1,41 @@
-"""Behaviour cloning for ncdpo.py --demos: reads the one file of demonstrations, an .npz, and clones it.
+"""Behaviour cloning (E2): demonstrations become a run folder, which `ncdpo.py --init-from` improves.
 
-notebooks/demos.py writes that file: a row for each environment step, episode by episode, under the keys of DEMO_KEYS.
+    python notebooks/cloning.py demos.npz --env Hopper-v4 --seed 1 --runs runs/clones      # and other flags of ncdpo.py
+    python ncdpo.py --init-from runs/clones/Hopper-v4__ncdpo__1
+
+notebooks/demos.py writes demos.npz: a row for each environment step, episode by episode, under the keys of DEMO_KEYS.
 Observations are (steps, S), actions (steps, A) as the task takes them, or (steps,) of a Discrete task, the others
-(steps,). Of a team, each agent's episodes follow one another.
+(steps,). Of a team, each agent's episodes follow one another. PRESET has the defaults of flags, which stay in the
+clone's config.json and hold for the run that starts from it.
 """
 
-from __future__ import annotations
-
+import argparse
+import contextlib
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.optim import swa_utils
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ncdpo  # noqa: E402
+from ncdpo import UserError  # noqa: E402
+
 DEMO_KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
+PRESET = dict(  # whatever the task; the last line is ours, as the target "sample" is: less chain noise
+    denoising_steps=20, action_chunk=4, gamma=0.99, gae_lambda=0.95, num_envs=16, num_steps=64, minibatch_size=256,
+    learning_rate=3e-4, critic_warmup=4, critic_learning_rate=1e-3,
+    sampling_steps=5, noise_scale=0.3, init_std=0.1, min_std=0.05, mean_log_prob=True, clip_coef=0.05)
 
 
-def load(source: str, env) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def load(source, env):
     """Chunks that stay inside an episode: observations (n, S), actions (n, H * A) in [-1, 1], episode numbers (n,).
 
-    `env` is the ncdpo.VectorEnv of the task. A Discrete action becomes a one-hot vector of -1 and 1. Raises ValueError
+    `env` is the ncdpo.VectorEnv of the task. A Discrete action becomes a one-hot vector of -1 and 1. Raises UserError
     for a file that cannot be read, for demonstrations of another task, and for the first row that cannot be right.
     Prints a summary.
     """
@@ -27,58 +43,76 @@ def load(source: str, env) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         with np.load(source, allow_pickle=False) as file:
             demos = {key: np.asarray(file[key], float) for key in DEMO_KEYS}
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"cannot read demonstrations from {source} ({error}); notebooks/demos.py writes such a file: "
-                         "it records a run, and converts D4RL and Minari.") from error
+        raise UserError(f"cannot read demonstrations from {source} ({error}); notebooks/demos.py writes such a file: "
+                        "it records a run, and converts D4RL and Minari") from error
     n, H, dims = demos["rewards"].size, env.chunk, 1 if env.discrete else env.act_dim // env.chunk
     for key, size in zip(DEMO_KEYS, (env.obs_dim, dims, 1, 1, 1)):
         if demos[key].size != n * size or not n:
-            raise ValueError(f"{key} of {source} have the shape {demos[key].shape}, but {n} steps of {env.env_id} need "
-                             f"({n}, {size}): these are not demonstrations of this task.")
+            raise UserError(f"{key} of {source} have the shape {demos[key].shape}, but {n} steps of {env.env_id} need "
+                            f"({n}, {size}): these are not demonstrations of this task")
         demos[key] = demos[key].reshape(n, size)
     if env.discrete:
         action = 2.0 * (demos["actions"] - env.offset == np.arange(env.act_dim)) - 1
         inside, extreme = (action > 0).any(1), ""
     else:
-        action = (demos["actions"] - env.center[:dims].cpu().numpy()) / env.scale[:dims].cpu().numpy()
-        inside = (np.abs(action) <= 1.001).all(1)
+        action, inside = from_task(demos["actions"], env)
         extreme = f", {(np.abs(action) > 0.999).mean():.0%} of the actions at a bound"
     good = np.isfinite(np.hstack(list(demos.values()))).all(1) & inside
     if not good.all():
-        raise ValueError(f"row {good.argmin()} of {source} has a number that is not finite or an action outside of the "
-                         f"task's space: scale them, or drop that episode. It is {demos['actions'][good.argmin()]}")
+        raise UserError(f"row {good.argmin()} of {source} has a number that is not finite or an action outside of the "
+                        f"task's space: scale them, or drop that episode; it is {demos['actions'][good.argmin()]}")
     end = (demos["terminations"] + demos["truncations"] > 0).squeeze(1)
     episode = np.cumsum(end) - end  # the number of each row's episode
     start = np.flatnonzero(episode[H - 1:] == episode[:max(0, n + 1 - H)])
     if not len(start) or not episode[start[0]] < episode[start[-1]]:
-        raise ValueError(f"{source} has fewer than two episodes of at least --action-chunk {H} steps; record more.")
+        raise UserError(f"{source} has fewer than two episodes of at least --action-chunk {H} steps; record more")
     returns = np.bincount(episode, demos["rewards"][:, 0])
     print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f}{extreme}", flush=True)
     chunks = np.lib.stride_tricks.sliding_window_view(action.clip(-1, 1), H, 0)[start].swapaxes(1, 2)
-    tensor = lambda x: torch.as_tensor(x.reshape(len(start), -1), dtype=torch.float32).to(env.device)
-    return tensor(demos["observations"][start]), tensor(chunks), episode[start]
+    obs, action = (torch.as_tensor(x.reshape(len(start), -1), device=env.device) for x in
+                   (demos["observations"][start], chunks))
+    return obs, action.to(torch.get_default_dtype()), episode[start]
 
 
-def clone(agent, config, demos) -> None:
-    """Behaviour cloning (E2): Adam, a cosine schedule, and at the end a moving average of the weights.
+def from_task(action, env):
+    """Box actions (n, A) of the task in [-1, 1], what env.to_task undoes, and whether they are in its space (n,)."""
+    center, half = (x[:action.shape[1]].cpu().numpy() for x in (env.center, env.half))
+    off, slack = action - center, 1e-3 * half + 1e-6 * np.abs(center)  # it may have been rounded to a float32
+    inside = (np.abs(off) <= half + slack) & ((action == action.round()) | (not env.rounds))
+    return np.divide(off, half, out=np.zeros_like(off), where=half > 0), inside.all(1)
 
-    The policy of an ncdpo.Agent learns by its `bc_loss` from `demos` as `load` returns them, and the agent's normaliser
-    takes in their observations. A twentieth of the episodes is held out; its loss is printed beside the other.
+
+def bc_loss(policy, obs, action):
+    """The loss of cloning, obs (B, S), action (B, A): E2, or of an MLP squared error of the mean, or cross entropy."""
+    if not isinstance(policy, ncdpo.MLPPolicy):
+        return policy.bc_loss(obs, action)
+    mean = policy.mean(obs, None)
+    if isinstance(policy.head, ncdpo.Categorical):
+        return -policy.head.log_prob(mean, action.argmax(-1)).mean()
+    return F.mse_loss(mean, action)
+
+
+def clone(agent, demos, seed, steps=20_000, learning_rate=1e-3):
+    """Behaviour cloning: Adam, a cosine schedule, and at the end a moving average of the weights.
+
+    The policy of an ncdpo.Agent learns from `demos` as `load` returns them, and the agent's normaliser takes in their
+    observations. A twentieth of the episodes, drawn by `seed`, is held out; its loss is printed beside the other.
     """
     obs, action, episode = demos
     agent.obs_norm.update(obs)
     obs, episodes, policy = agent.obs_norm(obs), np.unique(episode), agent.policy
-    held_out = np.random.default_rng(config.seed).permutation(episodes)[:math.ceil(len(episodes) / 20)]
+    held_out = np.random.default_rng(seed).permutation(episodes)[:math.ceil(len(episodes) / 20)]
     held_out = np.isin(episode, held_out)
     seen, unseen = (torch.as_tensor(np.flatnonzero(x), device=obs.device) for x in (~held_out, held_out))
-    optimizer = torch.optim.Adam(policy.parameters(), config.bc_learning_rate)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.bc_steps)
-    decay = max(0.0, 1 - 10 / config.bc_steps)  # the last tenth of the steps
+    optimizer = torch.optim.Adam(policy.parameters(), learning_rate)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    decay = max(0.0, 1 - 10 / steps)  # the last tenth of the steps
     average = swa_utils.AveragedModel(policy, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
     devices = [] if obs.device.type == "cpu" else [obs.device]
-    total, every = 0.0, max(1, config.bc_steps // 20)
-    for step in range(1, config.bc_steps + 1):
+    total, every = 0.0, max(1, steps // 20)
+    for step in range(1, steps + 1):
         pick = seen[torch.randint(len(seen), (256,), device=obs.device)]
-        loss = policy.bc_loss(obs[pick], action[pick])
+        loss = bc_loss(policy, obs[pick], action[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -88,9 +122,49 @@ def clone(agent, config, demos) -> None:
         if step % every == 0:
             with torch.no_grad(), torch.random.fork_rng(devices, device_type=obs.device.type):
                 torch.manual_seed(0)  # the same noise each time, so that only learning moves the loss
-                unseen_loss = average.module.bc_loss(obs[unseen], action[unseen])
+                unseen_loss = bc_loss(average.module, obs[unseen], action[unseen])
             print(f"{step:>13,} cloning steps, loss {total / every:.4f}, held out {unseen_loss:.4f}", flush=True)
             total = 0.0
     policy.load_state_dict(average.module.state_dict())
-    if config.finetune_steps and config.algo != "ppo":
-        policy.denoiser.frozen.load_state_dict(policy.denoiser.denoiser.state_dict())
+
+
+def make(source, config, steps=20_000, learning_rate=1e-3):
+    """Clone the demonstrations `source`; returns the new run folder, whose metrics.csv has no row yet."""
+    trainer = ncdpo.Trainer(config)
+    with contextlib.closing(trainer.env):
+        demos = load(source, trainer.env)
+        run = ncdpo.new_run_folder(config)
+        with ncdpo.locked(run):
+            ncdpo.save_config(config, run)
+            print(f"cloning {source} with {config.algo} on {trainer.device}, in {run}", flush=True)
+            clone(trainer.agent, demos, config.seed, steps, learning_rate)
+            ncdpo.keep_rows(run / "metrics.csv", 0)
+            ncdpo.save_checkpoint(trainer, run)
+    return run
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("demos", help="the .npz file; all other flags behind it are those of ncdpo.py")
+    parser.add_argument("--bc-steps", type=int, default=20_000, help="gradient steps, on minibatches of 256 [20000]")
+    parser.add_argument("--bc-learning-rate", type=float, default=1e-3, help="it falls to 0 along a cosine [0.001]")
+    line, flags = parser.parse_known_args(arguments)
+    try:
+        if line.bc_steps < 1 or not 0 < line.bc_learning_rate < math.inf:
+            raise UserError("--bc-steps and --bc-learning-rate must be above 0")
+        config, evaluated, resumed, _ = ncdpo.parse(flags, PRESET)
+        if evaluated or resumed or config.init_from:
+            raise UserError("a clone is a new run: leave out --evaluate, --resume and --init-from")
+        run = make(line.demos, config, line.bc_steps, line.bc_learning_rate)
+        print(ncdpo.describe(ncdpo.evaluate(run, config.episodes)), flush=True)
+    except UserError as error:
+        print(f"cloning: {' '.join(str(error).split()).rstrip('.')}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

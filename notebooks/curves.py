@@ -1,6 +1,7 @@
 """Training curves of the comparison: make them, and turn them into the tables and figures of README and RESULTS.
 
     python notebooks/curves.py train HalfCheetah-v4 ncdpo   # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
+    python notebooks/curves.py train HalfCheetah-v4 dppo --program e16.py --scored-steps 2 --name e16/HalfCheetah-v4__m2
     python notebooks/curves.py                              # all curves/*.csv -> the table (printed) and curves.png
     python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; steps and
                                                             # sampling: against the number of steps
@@ -10,9 +11,8 @@ Each CSV file holds one task and algorithm: for each seed 100 rows of equal numb
 (environment steps at the row's end), seconds (of wall clock until then), episodes (that ended in the row), the means
 of return, length and success over those episodes (empty where none ended or the task has no success), and the means of
 the diagnostics of metrics.csv over the row's updates (empty where the algorithm has none): RUNNING.md explains them.
+Files of older runs have a column more, chain_clipped, which nothing here reads.
 """
-
-from __future__ import annotations
 
 import argparse
 import csv
@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE.parent))
 import ncdpo  # noqa: E402
 
 DIAGNOSTICS = ["approx_kl", "clip_fraction", "explained_variance", "entropy", "sigma", "chain_std",
-               "chain_gradient_ratio", "chain_clipped"]
+               "chain_gradient_ratio"]
 OF_EPISODES = ["return", "length", "success"]
 COLUMNS = ["seed", "step", "seconds", "episodes", *OF_EPISODES, *DIAGNOSTICS]
 ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
@@ -49,7 +49,7 @@ STYLES = {"ncdpo": dict(color="#c1272d", linestyle="-"), "ppo": dict(color="#000
           "ppo-e01": dict(color="#008176", linestyle="--"), "dppo-e01": dict(color="#e28413", linestyle=":")}
 
 
-def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
+def thin(history, bins=100):
     """The history that `ncdpo.train` returns, as `bins` rows with the columns above (all but the seed)."""
     rows, edges = [], np.linspace(0, history["step"][-1], bins + 1)
     for low, high in zip(edges[:-1], edges[1:]):
@@ -68,17 +68,17 @@ def thin(history: dict[str, np.ndarray], bins: int = 100) -> list[dict]:
     return rows
 
 
-def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], name: str | None) -> None:
+def train(env, algo, seeds, jobs, flags, name, program=None):
     """Run the seeds, `jobs` at a time with one thread each, and write the CSV file; finished runs are not repeated.
 
     {seed} in a flag becomes the seed, so that every seed can start from its own clone. Called again after an
-    interruption it resumes the runs that have a checkpoint.
+    interruption it resumes the runs that have a checkpoint. `program` is a file of this folder instead of ncdpo.py.
     """
     task_name = re.sub("[/:]", "_", env.split("?")[0])  # as ncdpo.py names its runs
     name = name or f"{task_name}__{algo}"
-    runs = HERE.parent / "runs" / name
+    runs, script = HERE.parent / "runs" / name, HERE / program if program else HERE.parent / "ncdpo.py"
 
-    def one(seed: int) -> None:
+    def one(seed):
         run, log = runs / f"{task_name}__{algo}__{seed}", runs / f"{task_name}__{algo}__{seed}.log"
         if not (log.exists() and "mean action: " in log.read_text()):  # what only a finished run prints
             task = ["--env", env, "--algo", algo, "--seed", str(seed), "--runs", str(runs)]
@@ -88,8 +88,8 @@ def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], na
                 task = ["--resume", str(run)]
             task += [flag.replace("{seed}", str(seed)) for flag in flags]
             with open(log, "w") as file:
-                subprocess.run([sys.executable, str(HERE.parent / "ncdpo.py"), *task], check=True, stdout=file,
-                               stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                subprocess.run([sys.executable, str(script), *task], check=True, stdout=file, stderr=file,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         print(run, flush=True)
 
     runs.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def train(env: str, algo: str, seeds: list[int], jobs: int, flags: list[str], na
             writer.writerows({"seed": seed, **row} for row in thin(history))
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
+def read(path):
     """A CSV file as arrays (seeds, rows) by column."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -112,25 +112,25 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return {c: np.array([float(row.get(c) or "nan") for row in rows]).reshape(seeds, -1) for c in COLUMNS}
 
 
-def returns(curve: dict[str, np.ndarray]) -> np.ndarray:
+def returns(curve):
     """Return at every row (seeds, rows), interpolated over the rows in which no episode ended."""
     return np.array([np.interp(step, step[there := ~np.isnan(r)], r[there])
                      for step, r in zip(curve["step"], curve["return"])])
 
 
-def final(curve: dict[str, np.ndarray]) -> np.ndarray:
+def final(curve):
     """Mean return of the episodes of the last tenth of training, per seed."""
     last = slice(-curve["step"].shape[1] // 10, None)
     episodes = curve["episodes"][:, last]
     return np.nansum(curve["return"][:, last] * episodes, 1) / episodes.sum(1)
 
 
-def area(curve: dict[str, np.ndarray]) -> np.ndarray:
+def area(curve):
     """Mean return over all of training (the area under the curve over its length), per seed."""
     return returns(curve).mean(1)
 
 
-def reach(curve: dict[str, np.ndarray], threshold: float, column: str = "step") -> np.ndarray:
+def reach(curve, threshold, column="step"):
     """Steps or "seconds" until the return, averaged over 5% of training, is at the threshold, by seed; or infinity."""
     smooth = np.stack([np.convolve(r, np.ones(5) / 5, "valid") for r in returns(curve)])
     there = smooth >= threshold
@@ -138,34 +138,34 @@ def reach(curve: dict[str, np.ndarray], threshold: float, column: str = "step") 
     return np.where(there.any(1), first, np.inf)
 
 
-def interquartile_mean(x, axis: int = -1) -> np.ndarray:
+def interquartile_mean(x, axis=-1):
     """Mean without the lowest and the highest quarter, each rounded down (Agarwal et al., 2021; scipy's trim_mean)."""
     x = np.sort(np.asarray(x, float), axis)
     cut = x.shape[axis] // 4
     return np.take(x, range(cut, x.shape[axis] - cut), axis).mean(axis)
 
 
-def bootstrap(x, resamples: int = 20_000, seed: int = 0) -> np.ndarray:
+def bootstrap(x, resamples=20_000, seed=0):
     """Interquartile means of `resamples` resamples over seeds of x (seeds, ...): (resamples, ...)."""
     x = np.asarray(x, float)
     pick = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
     return interquartile_mean(x[pick], 1)
 
 
-def interval(samples) -> tuple[np.ndarray, np.ndarray]:
+def interval(samples):
     """Percentile interval of 95%."""
     return tuple(np.percentile(samples, [2.5, 97.5], axis=0))
 
 
-def ratio(ours, theirs) -> tuple[float, float, float]:
+def ratio(ours, theirs):
     """Ratio of the interquartile means of two sets of seeds, and its 95% bootstrap interval."""
     low, high = interval(bootstrap(ours, seed=1) / bootstrap(theirs, seed=2))
     return float(interquartile_mean(ours) / interquartile_mean(theirs)), float(low), float(high)
 
 
-def load(folder: Path) -> dict[str, dict[str, dict]]:
+def load(folder):
     """curves[env][line] of the files <env>__<line>.csv whose line is one of LINES, perhaps with a number of steps."""
-    curves: dict[str, dict[str, dict]] = {}
+    curves = {}
     for path in sorted(folder.glob("*__*.csv")):
         env, _, line = path.stem.partition("__")
         if steps_of(line)[0] in LINES:
@@ -174,19 +174,19 @@ def load(folder: Path) -> dict[str, dict[str, dict]]:
     return {env: {line: by_line[line] for line in sorted(by_line, key=order)} for env, by_line in curves.items()}
 
 
-def steps_of(line: str) -> tuple[str, int]:
+def steps_of(line):
     """The line and K of a name such as ncdpo-k20, or S of ncdpo-s20; 0 if the name has none."""
     name, steps = re.fullmatch(r"(.*?)(?:-[ks](\d+))?", line).groups()
     return name, int(steps or 0)
 
 
-def label(line: str) -> str:
+def label(line):
     """What table and figure call a line."""
     name, steps = steps_of(line)
     return LINES[name] + (f", {line[len(name) + 1].upper()} = {steps}" if steps else "")
 
 
-def table(curves: dict[str, dict[str, dict]]) -> str:
+def table(curves):
     """The comparison as Markdown: interquartile means over seeds, 95% bootstrap intervals, ratios to NCDPO."""
     lines = ["| task | algorithm | seeds | final return | area under the curve | NCDPO's final / this "
              "| NCDPO's area / this | minutes a run |", "|---|---|---|---|---|---|---|---|"]
@@ -204,14 +204,14 @@ def table(curves: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def band(axes, x, values, resamples: int = 2000, **style) -> None:
+def band(axes, x, values, resamples=2000, **style):
     """Interquartile mean over seeds of values (seeds, rows) against x (rows,), with its 95% bootstrap band."""
     low, high = interval(bootstrap(values, resamples))
     axes.fill_between(x, low, high, color=style.get("color"), alpha=0.15, linewidth=0)
     axes.plot(x, interquartile_mean(values, 0), linewidth=1.8, **style)
 
 
-def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str = "From scratch"):
+def figure(curves, against="step", title="From scratch"):
     """One panel a task: the return of all algorithms against environment steps ("step") or wall clock ("seconds")."""
     from matplotlib.figure import Figure
 
@@ -232,7 +232,7 @@ def figure(curves: dict[str, dict[str, dict]], against: str = "step", title: str
     return picture
 
 
-def against_steps(curves: dict[str, dict[str, dict]]):
+def against_steps(curves):
     """One panel a task: final returns against the number of denoising steps, with 95% bootstrap intervals."""
     from matplotlib.figure import Figure
 
@@ -253,7 +253,7 @@ def against_steps(curves: dict[str, dict[str, dict]]):
     return picture
 
 
-def picture(runs: list[Path]):
+def picture(runs):
     """Return of the training episodes of run folders against environment steps and against seconds."""
     from matplotlib.figure import Figure
 
@@ -269,7 +269,7 @@ def picture(runs: list[Path]):
     return picture
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=".", help="inside curves/")
     commands = parser.add_subparsers(dest="command")
@@ -279,12 +279,13 @@ def main() -> None:
     trainer.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     trainer.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     trainer.add_argument("--name", help="of the CSV file, else <env>__<algo>; each set of a game's arguments needs one")
+    trainer.add_argument("--program", help="a file of notebooks/ instead of ncdpo.py, such as e16.py")
     shower = commands.add_parser("show", help="a picture of runs")
     shower.add_argument("runs", type=Path, nargs="+", help="run folders")
     shower.add_argument("--to", default="curve.png", help="file of the picture")
     line, flags = parser.parse_known_args()
     if line.command == "train":
-        train(line.env, line.algo, line.seeds, line.jobs, flags, line.name)
+        train(line.env, line.algo, line.seeds, line.jobs, flags, line.name, line.program)
     elif line.command == "show":
         picture(line.runs).savefig(line.to, dpi=120)
         print(line.to)

@@ -1,7 +1,7 @@
 """Multi-agent games of VMAS (pip install vmas) as an environment of ncdpo.py: every agent is a row of the batch.
 
-    python ncdpo.py --env "vmas:football?n_blue_agents=3&n_red_agents=1" --num-envs 64
-    python ncdpo.py --env "vmas:balance?n_agents=3&continuous=1&critic=own"
+    python ncdpo.py --env "notebooks.games:football?n_blue_agents=3&n_red_agents=1" --num-envs 64
+    python ncdpo.py --env "notebooks.games:balance?n_agents=3&continuous=1&critic=own"
 
 Any scenario whose agents share their spaces will do. Behind the question mark are the scenario's own arguments and
     max_steps     steps after which an episode is truncated [200, football 500]
@@ -13,14 +13,13 @@ agent's own, which is what the policy sees (`policy_dim` columns), and then thos
 The red team of football is played by VMAS's heuristic unless ai_red_agents=0.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import difflib
 import importlib
 import inspect
 import io
+import random
 import re
 import warnings
 from pathlib import Path
@@ -28,6 +27,7 @@ from types import ModuleType
 from urllib.parse import parse_qsl
 
 import gymnasium as gym
+import numpy as np
 import torch
 
 DEFAULTS = {"football": dict(max_steps=500, ai_red_agents=True)}  # from end to end of its pitch an agent needs 200
@@ -36,7 +36,7 @@ WON = {"football": lambda info: info["sparse_reward"] > 0, "balance": lambda inf
        **dict.fromkeys(("navigation", "transport", "reverse_transport"), lambda info: True)}
 
 
-def make_vec(name: str, num_envs: int, device: torch.device) -> Games:
+def make_vec(name, num_envs, device):
     """The game of `scenario?argument=value&...` in num_envs worlds; raises ValueError, ImportError (no vmas)."""
     scenario, _, query = name.partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
@@ -46,7 +46,7 @@ def make_vec(name: str, num_envs: int, device: torch.device) -> Games:
     return Games(scenario, num_envs, device, **{**DEFAULTS.get(scenario, {}), **given})
 
 
-def load(name: str):
+def load(name):
     """A scenario of VMAS by its name."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the old gym, on which VMAS is built, says that it is old
@@ -56,11 +56,11 @@ def load(name: str):
     known = [path.stem for path in Path(scenarios.__file__).parent.rglob("*.py") if path.stem != "__init__"]
     if name not in known:
         near = " or ".join(difflib.get_close_matches(name, known)) or ", ".join(sorted(known))
-        raise ValueError(f"VMAS has no scenario {name!r}; did you mean {near}?")
+        raise ValueError(f"VMAS has no scenario {name!r} (did you mean {near}?)")
     return scenarios.load(name + ".py").Scenario()
 
 
-def check_arguments(scenario, names) -> None:
+def check_arguments(scenario, names):
     """Raises ValueError for a name that the scenario's source never asks for: some scenarios would ignore it."""
     source = Path(inspect.getsourcefile(type(scenario).make_world)).read_text()
     known = re.findall(r'kwargs\.(?:pop|get)\(\s*"(\w+)"', source) + ["max_steps", "continuous", "critic", "nearest"]
@@ -69,7 +69,7 @@ def check_arguments(scenario, names) -> None:
             raise ValueError("MultiDiscrete actions cannot be played: leave out multidiscrete_actions")
         if name not in known:
             near = " or ".join(difflib.get_close_matches(name, known)) or ", ".join(known)
-            raise ValueError(f"the scenario has no argument {name!r}; did you mean {near}?")
+            raise ValueError(f"the scenario has no argument {name!r} (did you mean {near}?)")
 
 
 def modern(space):
@@ -81,7 +81,7 @@ def modern(space):
     raise ValueError(f"{type(space).__name__} spaces cannot be played")
 
 
-def observe_nearest(scenario, count: int) -> None:
+def observe_nearest(scenario, count):
     """Let agents of football observe but `count` of their opponents, from the nearest to the farthest."""
     everything = scenario.observation
     if "adversary_poses" not in inspect.signature(everything).parameters or not isinstance(count, int) or count < 0:
@@ -98,9 +98,10 @@ def observe_nearest(scenario, count: int) -> None:
     scenario.observation = observation
 
 
-def tensors(scenario, worlds: int) -> list:
+def tensors(scenario, worlds):
     """All tensors of a row for each world that a scenario and what hangs on it hold, as (container, key)."""
-    boxes, found = [vars(scenario)], []
+    boxes = [vars(scenario)]
+    found = []
     seen = {id(boxes[0])}
     for box in boxes:  # grows as we go
         for key, value in list(box.items() if isinstance(box, dict) else enumerate(box)):
@@ -115,17 +116,24 @@ def tensors(scenario, worlds: int) -> list:
     return found
 
 
+def random_states(seed, device):
+    """The states of all generators that a scenario may use: torch's, NumPy's and Python's; and that of `device`."""
+    of_cpu = [torch.Generator().manual_seed(seed).get_state(), np.random.RandomState(seed).get_state(),
+              random.Random(seed).getstate()]
+    return of_cpu, torch.Generator(device).manual_seed(seed).get_state()
+
+
 class Games:
     """A VMAS scenario (its name or an object) in W worlds of G agents, N = W * G rows, as ncdpo.VectorEnv wants it.
 
     reset(seeds) -> obs (N, S);  step(action) -> obs, reward (N, 1), terminated, truncated, final_obs;  all on `device`.
-    `success` (N,) is 1 in the rows whose episode the last step ended well, or None where the scenario has no such end.
+    `success` (N,) is 1 in the rows whose episode the last step ended well, else 0; NaN if the scenario has no such end.
     """
 
     kind = "vmas"
 
-    def __init__(self, scenario, num_worlds: int, device: torch.device, critic: str = "joint", continuous: bool = False,
-                 max_steps: int = 200, nearest: int | None = None, **arguments):
+    def __init__(self, scenario, num_worlds, device, critic="joint", continuous=False, max_steps=200, nearest=None,
+                 **arguments):
         scenario = load(scenario) if isinstance(scenario, str) else scenario
         check_arguments(scenario, arguments)
         if nearest is not None:
@@ -133,40 +141,51 @@ class Games:
         if critic not in ("joint", "own") or not isinstance(max_steps, int) or max_steps < 1:
             raise ValueError(f"critic must be joint or own, not {critic!r}, and max_steps 1 or more, not {max_steps!r}")
         from vmas.simulator.environment import Environment
-        from vmas.simulator.environment.environment import local_seed
-        self.randomness = lambda: local_seed(Environment.vmas_random_state)  # on a CPU VMAS has a generator of its own
+        self.device = device
+        self.shared = Environment.vmas_random_state
+        self.random = random_states(0, device)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self.randomness():
                 warnings.simplefilter("ignore")  # the old gym on the precision of its own boxes
                 self.game = Environment(scenario, num_worlds, device, max_steps, bool(continuous),
                                         terminated_truncated=True, **arguments)
         except Exception as error:  # whatever a scenario does with no agents, or half a one
             raise ValueError(f"VMAS cannot make it with {arguments} ({type(error).__name__} {error}): change these, or "
                              "give fewer --num-envs") from error
-        self.device, self.worlds, self.agents = device, num_worlds, self.game.n_agents
+        self.worlds, self.agents = num_worlds, self.game.n_agents
         self.num_envs = self.worlds * self.agents
         if not self.agents:
             raise ValueError("no agent is left to learn: leave one without a heuristic")
         (own, *other_obs), (action, *other_actions) = self.game.observation_space, self.game.action_space
         if any(space != own for space in other_obs) or any(space != action for space in other_actions):
             raise ValueError("its agents differ in their spaces; one policy needs agents that share them")
-        self.action_space, self.policy_dim = modern(action), modern(own).shape[0]
+        self.action_space = modern(action)
+        self.policy_dim = modern(own).shape[0]
         seen = self.agents if critic == "joint" else 1
         self.observation_space = gym.spaces.Box(-torch.inf, torch.inf, (seen * self.policy_dim,))
         turn = torch.arange(self.agents, device=device)
         self.order = (turn[:, None] + turn[:seen]) % self.agents  # whose observations an agent's row holds
         held = tensors(scenario, num_worlds)
-        self.game.reset()
+        with self.randomness():
+            self.game.reset()
         again = tensors(scenario, num_worlds)
         # Does a reset build new lists or objects (distributions, say)? Then what it did cannot be put back
         self.rebuilds = [(id(box), key) for box, key in held] != [(id(box), key) for box, key in again]
         self.won = WON.get(Path(inspect.getsourcefile(type(scenario).make_world)).stem)
-        self.success = torch.zeros(self.num_envs, device=device) if self.won else None
+        self.success = torch.full((self.num_envs,), 0.0 if self.won else torch.nan, device=device)
 
-    def observe(self):
-        return self.joint([self.game.scenario.observation(agent) for agent in self.game.agents])
+    @contextlib.contextmanager
+    def randomness(self):
+        """In it VMAS draws this game's own random numbers: it has one state of them for all games of a process."""
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):
+            self.shared[:], of_device = self.random
+            for gpu in gpus:
+                torch.cuda.set_rng_state(of_device, gpu)
+            yield
+            self.random = list(self.shared), torch.cuda.get_rng_state(self.device) if gpus else of_device
 
-    def joint(self, obs: list):
+    def joint(self, obs):
         """Rows (N, S) of the agents' observations (W, own)."""
         return torch.stack(obs, 1)[:, self.order].reshape(self.num_envs, -1)
 
@@ -174,18 +193,23 @@ class Games:
         """What holds for a world (W,), for each of its agents (N,)."""
         return world.repeat_interleave(self.agents, output_size=self.num_envs)
 
-    def reset(self, seeds: list[int]):
-        obs = self.game.reset(seed=seeds[0])
+    def reset(self, seeds):
+        self.random = random_states(seeds[0], self.device)
+        with self.randomness():
+            obs = self.game.reset()
         self.used = torch.ones(self.worlds, dtype=torch.bool, device=self.game.device)  # no beginnings in reserve
         return self.joint(obs)
 
     def step(self, action):
+        action = action.float() if self.game.continuous_actions else action
         parts = action.view(self.worlds, self.agents, -1).unbind(1)
-        obs, reward, terminated, truncated, info = self.game.step(list(parts))
+        with self.randomness():
+            obs, reward, terminated, truncated, info = self.game.step(list(parts))
         if self.won:
             wins = [torch.as_tensor(self.won(x), device=terminated.device) & terminated for x in info]
             self.success = torch.stack(wins, 1).flatten().float()
-        final_obs, reward = self.joint(obs), torch.stack(reward, 1).view(-1, 1).float()
+        final_obs = self.joint(obs)
+        reward = torch.stack(reward, 1).view(-1, 1).float()
         obs = self.restart(terminated | truncated, final_obs)
         return obs, reward, self.rows(terminated), self.rows(truncated), final_obs
 
@@ -200,8 +224,8 @@ class Games:
         if self.rebuilds:
             with self.randomness():
                 for world in ended.nonzero().flatten().tolist():
-                    self.game.scenario.env_reset_world_at(world)
-                self.first_obs = self.observe()
+                    first_obs = self.game.reset_at(world)
+            self.first_obs = self.joint(first_obs)
         else:
             if (ended & self.used).any():
                 self.draw_beginnings()
@@ -215,9 +239,10 @@ class Games:
         """Reset all worlds, keep what the reset touched as `reserve`, and put everything back."""
         before = [(box, key, box[key], box[key]._version, box[key].clone())
                   for box, key in tensors(self.game.scenario, self.worlds)]
+        steps = self.game.steps
         with self.randomness():
-            self.game.scenario.env_reset_world_at(None)
-            self.first_obs = self.observe()
+            self.first_obs = self.joint(self.game.reset())
+        self.game.steps = steps
         self.reserve = []
         for box, key, tensor, version, copy in before:
             if box[key] is not tensor or tensor._version != version:  # else it is no part of how an episode begins

@@ -8,8 +8,6 @@ of a single process by its random numbers alone, and may be resumed with another
 writes; `explained_variance` and the columns of the chain are its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os
@@ -39,36 +37,43 @@ def gather(x):
 class SharedLoss(nn.Module):
     """The loss of a trainer on its part of a minibatch, as a module: DistributedDataParallel averages its gradients."""
 
-    def __init__(self, trainer: ncdpo.Trainer):
+    def __init__(self, trainer):
         super().__init__()
-        self.learnt, self.loss = nn.ParameterList(trainer.agent.parameters()), trainer.loss
+        self.learnt = nn.ParameterList(trainer.agent.parameters())
+        self.loss = trainer.loss
 
     def forward(self, **part):
-        A, everyones = part["advantage"], gather(part["advantage"])
+        A = part["advantage"]
+        everyones = gather(A)
         part["advantage"] = (A - everyones.mean()) / (everyones.std() + 1e-8)
         loss, diagnostics = self.loss(**part, norm_adv=False)
         distributed.all_reduce(values := torch.stack(list(diagnostics.values())) / WORLD)
-        return loss, dict(zip(diagnostics, values))  # so that all agree on the KL that stops the epochs
+        return loss, dict(zip(diagnostics, values))
 
 
 class SharedTrainer(ncdpo.Trainer):
     """A Trainer that plays and learns its share, in step with those of the other processes."""
 
-    processes = WORLD
-
-    def __init__(self, config: ncdpo.Config):
+    def __init__(self, config):
         if config.num_envs % WORLD or config.minibatch_size % WORLD or config.minibatch_size < 2 * WORLD:
             raise ncdpo.UserError(f"--num-envs and --minibatch-size must be multiples of {WORLD}, the processes, and "
-                                  f"the second {2 * WORLD} at least: change those flags or that number.")
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count() * (config.device != "cpu")
+                                  f"the second {2 * WORLD} at least: change those flags or that number")
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        gpus = torch.cuda.device_count() * (config.device != "cpu")
         if gpus and (here > gpus or ":" in config.device):
             raise ncdpo.UserError(f"each of the {here} processes takes one of {gpus} GPUs: --nproc-per-node {gpus} or "
-                                  "fewer, and no number in --device; or give --device cpu.")
-        share = ("num_envs", "minibatch_size")
-        super().__init__(dataclasses.replace(config, **{name: getattr(config, name) // WORLD for name in share}))
+                                  "fewer, and no number in --device; or give --device cpu")
+        super().__init__(dataclasses.replace(config, num_envs=config.num_envs // WORLD, total_timesteps=10**12,
+                                             minibatch_size=config.minibatch_size // WORLD))
+        self.batch_size *= WORLD  # of all of them
+        self.updates = config.total_timesteps // self.batch_size
+        if self.updates <= config.critic_warmup:
+            raise ncdpo.UserError(f"--total-timesteps {config.total_timesteps} has no room for a rollout of "
+                                  f"{self.batch_size} steps of all {WORLD} processes after a --critic-warmup of "
+                                  f"{config.critic_warmup}")
         self.joined = False
 
-    def join(self) -> None:
+    def join(self):
         """Go on with the weights and statistics of the first process, but with noise and episodes of our own."""
         self.joined = True
         for tensor in self.agent.state_dict().values():
@@ -80,7 +85,7 @@ class SharedTrainer(ncdpo.Trainer):
             torch.manual_seed(1_000 * self.config.seed + self.done + 1_000_003 * RANK)
             self.obs = self.env.reset(self.config.seed, self.done, RANK)
 
-    def iterate(self) -> dict:
+    def iterate(self):
         try:
             if not self.joined:
                 self.join()
@@ -88,20 +93,22 @@ class SharedTrainer(ncdpo.Trainer):
             distributed.all_gather_object(rows, rows[RANK])
         except ncdpo.UserError as error:
             if RANK:  # a mistake of this process alone, whose streams nobody sees
-                print(f"ncdpo: {error}", file=sys.__stderr__)
+                print(f"ncdpo: {' '.join(str(error).split())}.", file=sys.__stderr__)
             raise
-        except torch.cuda.OutOfMemoryError as error:
-            raise ncdpo.UserError("out of memory: give fewer --num-envs or a smaller --minibatch-size") from error
         except RuntimeError as error:
-            raise ncdpo.UserError(f"a process of torchrun has ended ({ncdpo.gist(error)})") from error
-        row, finished = dict(rows[RANK]), [row for row in rows if row["episodes"]]
+            if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+                raise  # not from between the processes: the task's own, say
+            reason = str(error).partition("\n")[0]
+            raise ncdpo.UserError(f"a process of torchrun has ended ({reason})") from error
+        row = dict(rows[RANK])
+        finished = [other for other in rows if other["episodes"]]
         row["episodes"] = sum(other["episodes"] for other in finished)
-        for name in {"return", "length", "success"}.intersection(*finished) if finished else ():
+        for name in ("return", "length", "success") if finished else ():
             row[name] = sum(other[name] * other["episodes"] for other in finished) / row["episodes"]
         return row
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments):
     """Entry point of each process; returns the exit code of ncdpo.main."""
     if WORLD < 2:
         return ncdpo.main(arguments)
@@ -115,19 +122,22 @@ def main(arguments: list[str]) -> int:
             for stream in (contextlib.redirect_stdout, contextlib.redirect_stderr):
                 stack.enter_context(stream(stack.enter_context(open(os.devnull, "w"))))
             try:
-                _, resume, played = ncdpo.parse(arguments)
+                _, evaluated, resumed, _ = ncdpo.parse(arguments)
             except ncdpo.UserError:
                 return 2  # the first process says it
-            if played:
+            if evaluated:
                 return 0
-            copy = shutil.copytree(resume, Path(folder, "run")) if resume else folder
-            arguments = arguments + ["--resume" if resume else "--runs", copy]
+            copy = shutil.copytree(resumed, Path(folder, "run")) if resumed else folder
+            arguments = arguments + ["--resume" if resumed else "--runs", copy]
         return ncdpo.main([str(argument) for argument in arguments])
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as end:  # argparse's
+        code = end.code
     sys.stdout.flush()
-    if RANK and code:
+    if RANK and code == 2:
         time.sleep(5)  # so that the first process may speak: torchrun ends all of them with the first that fails
     os._exit(code)  # gloo's threads may abort a Python that takes its leave (github.com/pytorch/pytorch/issues/190489)

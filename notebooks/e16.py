@@ -1,0 +1,84 @@
+"""Between NCDPO and DPPO (E16): score the last m denoising steps, and condition on the noise of those before.
+
+    python notebooks/e16.py --scored-steps 2 --env HalfCheetah-v4                     # and other flags of ncdpo.py
+    python notebooks/e16.py --scored-steps 2 --no-chain-gradient --env HalfCheetah-v4
+    python notebooks/e16.py --scored-steps 2 --evaluate RUN                           # or --resume RUN
+
+m = 1 is NCDPO with a sigma that stays at --min-std, all steps are DPPO. The run is one of --algo dppo, and does not
+know its m: give it again where the run is evaluated or resumed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ncdpo  # noqa: E402
+
+
+class ScoredSteps(ncdpo.DPPO):
+    """DPPO whose decisions are the last M = scored_steps of the K steps; the noise of the others is part of the state.
+
+    The latent is (x_K, z_K, ..., z_{M+1}; x_{M-1}, ..., x_1), (B, K, A); log-likelihoods are (B, M). Without
+    `chain_gradient` none flows through the steps that are conditioned on.
+    """
+
+    def __init__(self, *dims, scored_steps, chain_gradient=True, **chain):
+        super().__init__(*dims, **chain)
+        if not 1 <= scored_steps <= self.K:
+            raise ncdpo.UserError(f"--scored-steps must be from 1 to {self.K}, the number of steps that are run")
+        self.M, self.chain_gradient = scored_steps, chain_gradient
+        self.ks, self.weight = self.ks[-self.M:], self.weight[-self.M:]
+
+    def begin(self, obs, omega):
+        """x_M (B, A) by the chain of E5 on its noise (x_K, z_K, ..., z_{M+1}), the first entries of omega."""
+        x = omega[:, 0]
+        for k in range(self.K, self.M, -1):
+            x = self.mu(x, k, obs) + self.schedule.sigma[k] * omega[:, self.K + 1 - k]
+        return x
+
+    def act(self, obs, omega, noise):
+        x, log_probs = self.begin(obs, omega), []
+        latent = list(omega[:, :self.K + 1 - self.M].unbind(1))
+        for k in range(self.M, 1, -1):
+            mu = self.mu(x, k, obs)
+            x = mu + torch.exp(self.log_std[k]) * omega[:, self.K + 1 - k] / self.noise_scale
+            log_probs.append(ncdpo.gaussian_log_prob(x, mu, self.log_std[k]))
+            latent.append(x)
+        mu = self.mu(x, 1, obs)
+        action = self.head.sample(mu, noise)
+        return action, torch.stack([*log_probs, self.head.log_prob(mu, action)], 1), torch.stack(latent, 1)
+
+    def evaluate_actions(self, obs, action, latent):
+        omega, scored = latent.split([self.K + 1 - self.M, self.M - 1], 1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.chain_gradient):
+            x = self.begin(obs, omega)
+        xs = torch.cat([x[:, None], scored], 1)  # x_M, ..., x_1
+        mu = self.mu(xs, self.ks, obs[:, None].expand(-1, self.M, -1))  # (B, M, A), all steps at once
+        steps = ncdpo.gaussian_log_prob(scored, mu[:, :-1], self.log_std[self.ks[:-1]])
+        last = self.head.log_prob(mu[:, -1], action)
+        return torch.cat([steps, last[:, None]], 1), self.head.entropy(mu[:, -1])
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--scored-steps", type=int, required=True, help="m, from 1 to the number of denoising steps")
+    parser.add_argument("--chain-gradient", action=argparse.BooleanOptionalAction, default=True,
+                        help="let the gradient flow through the steps that are conditioned on")
+    parser.add_argument("--algo", choices=["dppo"], help="may be given, and changes nothing")
+    line, flags = parser.parse_known_args(arguments)
+
+    class Chosen(ScoredSteps):
+        def __init__(self, *dims, **chain):
+            super().__init__(*dims, scored_steps=line.scored_steps, chain_gradient=line.chain_gradient, **chain)
+
+    ncdpo.DPPO = Chosen
+    return ncdpo.main(["--algo", "dppo", *flags])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
