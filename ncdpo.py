@@ -51,7 +51,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args
 
 # Waiting threads of torch spin for so long that a busy machine crawls
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -1211,7 +1211,7 @@ class Config:
     critic_warmup: int = 0  # first updates, in which only the critic learns
     hidden: int = 128  # width of the two hidden layers of actor and critic
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
-    init_std: float = 0.22  # initial sigma (E7) of ncdpo and ppo; --init-from's stays if equal
+    init_std: float = 0.22  # initial sigma (E7) of ncdpo and ppo; of --init-from only if it differs
     action_chunk: int = 1  # actions H that are played in a row: one decision of PPO
     mean_log_prob: bool = False  # average log-likelihoods over coordinates, not sum
 
@@ -1230,7 +1230,7 @@ class Config:
         for field in dataclasses.fields(self):
             value, kinds = getattr(self, field.name), get_args(field.type) or [field.type]
             low, high = LIMITS.get(field.name, (1, 1e12) if kinds[0] is int else (1e-12, 1e6))
-            if get_origin(field.type) is Literal:
+            if isinstance(kinds[0], str):
                 good, wanted = value in kinds, f"one of {', '.join(kinds)}"
             elif kinds[0] in (int, float):
                 good = isinstance(value, numbers.Real) and low <= value <= high and kinds[0](value) == value
@@ -1275,8 +1275,13 @@ def parse(arguments, preset=None):
     verbs.add_argument("--evaluate", help="play this run folder, but for the flags given as it was trained")
     comments = dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
-        kind = str if get_origin(field.type) is Literal else (get_args(field.type) or [field.type])[0]
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        kinds = get_args(field.type) or [field.type]
+        if isinstance(kinds[0], str):
+            how = {"choices": kinds}
+        elif kinds[0] is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": kinds[0], "metavar": kinds[0].__name__}
         text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args(arguments))

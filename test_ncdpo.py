@@ -1,12 +1,44 @@
 """Facts about ncdpo.py, one a test: python -m pytest -q test_ncdpo.py -m "not notebooks" (two minutes).
 
-What is compared with is a closed form or another computation, never a recorded output. (E1) ... (E18) are the labels of
-README.md's equations. torch.compile is off but in test_compiled_loss_and_gradients_equal_the_plain_ones.
+What is compared with is a closed form or another computation, never a recorded output. The parts, in this order:
+
+    equations       schedule, networks, policies, PPO's loss and update: sections 1 to 4 and 8 of ncdpo.py
+    loop            rollout, batch and update; the chain's columns; nobody waits for the device
+    environments    Gymnasium's tasks, and MuJoCo in batches
+    run folders     what is written, resumed and evaluated
+    command line    flags and mistakes
+    the file        how it may be copied, imported and pasted; what it declares
+    scripts         what stands in notebooks/
+    texts           README, the notebooks, links
+
+Which tests check which equation of README.md (python -m pytest -k E5_ runs those of E5):
+
+    E2              test_E2_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean
+    E1, E2, E18     test_E1_E2_E18_behaviour_cloning_loss_is_the_squared_error_against_a_perfect_network
+    E3, E4, E18     test_E3_E4_E18_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_eta_0
+    E3              test_E3_gradient_is_zero_where_the_clean_estimate_is_clipped
+    E5, E6, E18     test_E5_E6_E18_ncdpo_mean_is_the_sampler_run_on_given_noise
+    E7, E8          test_E7_E8_likelihood_is_torchs_gaussian_and_softmax_around_the_mean
+    E7, E8          test_E7_E8_actions_are_drawn_as_their_likelihood_says
+    E9              test_E9_all_noise_is_drawn_afresh_at_each_step
+    E10, E13        test_E10_E13_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain
+    E10, E12        test_E10_E12_update_learns_from_the_decisions_played
+    E11             test_E11_first_minibatch_after_a_rollout_has_ratio_one
+    E11, E12, E15   test_E11_E12_E15_ppo_loss_is_the_clipped_objective
+    E13             test_E13_bpdt_gradient_equals_finite_differences
+    E13             test_E13_chain_gradient_ratio_compares_the_first_denoising_step_with_the_last
+    E14             test_E14_kl_given_the_noise_bounds_the_kl_of_the_actions
+    E15             test_E15_dppo_draws_and_scores_its_steps_as_a_plain_loop_does
+    E15, E16        test_E15_E16_scored_steps_are_those_of_a_plain_loop
+    E16             test_E16_one_scored_step_is_ncdpo_with_or_without_its_gradient_through_the_chain
+    E13, E16        test_E13_E16_gradient_of_scored_steps_equals_finite_differences
+    E17             test_E17_chain_std_is_the_deviation_of_the_action_over_the_chains_noise
 """
 
 import ast
 import csv
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -19,6 +51,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from functools import partial
 from pathlib import Path
@@ -34,17 +67,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ncdpo
 from ncdpo import UserError, VectorEnv, main, make_env
-from notebooks import cloning, health, physics
+from notebooks import cloning
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(ncdpo.__file__).resolve().parent
 CPU = torch.device("cpu")
 PREDICT = ["sample", "epsilon", "v"]
 ALGORITHMS = ["ncdpo", "ppo", "dppo"]
-WIDE = 1e9  # a clip of the clean estimate that never bites
+WIDE = 1e6  # a clip of the clean estimate that never bites
 torch.set_num_threads(1)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a marker that no configuration file registers
     notebooks = pytest.mark.notebooks
+warp = pytest.mark.skipif(not importlib.util.find_spec("mujoco_warp"), reason="mujoco-warp is not installed")
 
 
 @pytest.fixture
@@ -62,7 +96,7 @@ def fixed_seed():
 def config(**given):
     """A run of four small updates."""
     small = dict(env="CartPole-v1", hidden=16, num_envs=2, num_steps=32, minibatch_size=32, update_epochs=2,
-                 total_timesteps=256, episodes=2, checkpoint_every=1, compile=False, device="cpu")
+                 total_timesteps=256, episodes=2, device="cpu")
     return ncdpo.Config(**{**small, **given})
 
 
@@ -78,6 +112,12 @@ def shaken(module, scale=0.3):
 def make_policy(algo="ncdpo", obs_dim=3, act_dim=2, discrete=False, **given):
     given = {"hidden": 8, "clip_denoised": WIDE, **given}
     return shaken(ncdpo.make_policy(config(algo=algo, **given), obs_dim, act_dim, discrete))
+
+
+def test_each_equation_has_a_row_in_the_table_above_and_each_row_a_test():
+    rows = re.findall(r"^    (E\d[E\d, ]*?) +(test_\w+)$", __doc__, re.MULTILINE)
+    assert {label for labels, _ in rows for label in labels.split(", ")} == {f"E{n}" for n in range(1, 19)}
+    assert not [name for _, name in rows if name not in globals()]
 
 
 # --- environments of the tests ---------------------------------------------------------------------------------------
@@ -135,7 +175,9 @@ register("TinyMulti-v0", action_space=gym.spaces.MultiDiscrete([2, 3]))
 register("TinyUnbounded-v0", action_space=gym.spaces.Box(-np.inf, np.inf, (2,)))
 
 
-# --- 1  noise schedule -----------------------------------------------------------------------------------------------
+# ===== equations ======================================================================================================
+
+# --- noise schedule ---------------------------------------------------------------------------------------------------
 
 def cosine_tables(K):
     """abar_0 ... abar_K and beta_1 ... beta_K (beta_0 unused) of the cosine schedule, from its definition."""
@@ -153,7 +195,7 @@ def perfect_output(predict, abar, x, x0):
 @pytest.mark.parametrize("K, S", [(1, None), (2, None), (5, None), (100, None), (20, 5), (20, 1), (7, 3)])
 @pytest.mark.parametrize("predict", PREDICT)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_eta_0(float64, K, S, predict, eta):  # E3, E4, E18
+def test_E3_E4_E18_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_eta_0(float64, K, S, predict, eta):
     schedule, (abar, betas) = ncdpo.Schedule(K, predict, eta, WIDE, S), cosine_tables(K)
     tau = [round(K * k / (S or K)) for k in range((S or K) + 1)]
     x0, x = torch.randn(2, 7, 4)
@@ -169,7 +211,13 @@ def test_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_eta_0(float6
             expected = before**0.5 * x0 + (1 - before) ** 0.5 * (x - now**0.5 * x0) / (1 - now) ** 0.5
             variance = 0.0
         torch.testing.assert_close(mu, expected, rtol=1e-8, atol=1e-8)
-        assert schedule.sigma[k].item() ** 2 == pytest.approx(variance, abs=1e-12)
+        assert schedule.sigma[k] ** 2 == pytest.approx(variance, abs=1e-12)
+
+
+def test_a_table_gives_an_int_and_a_tensor_of_them_the_same_numbers(float64):
+    schedule, many = ncdpo.Schedule(20, eta=0.7, sampling_steps=5), torch.tensor([[0, 3], [5, 1]])
+    for table in (schedule.signal, schedule.noise, schedule.sigma, schedule.to_clean, schedule.to_noisy, schedule.taus):
+        assert table[many].tolist() == [[[table[k]] for k in row] for row in many.tolist()]
 
 
 class Perfect(torch.nn.Module):
@@ -177,8 +225,8 @@ class Perfect(torch.nn.Module):
 
     def __init__(self, policy, x0, shift=0.0):
         super().__init__()
-        self.abar = torch.tensor(cosine_tables(len(policy.schedule.abar) - 1)[0])[:, None]
-        self.predict, self.x0, self.shift, self.seen = policy.predict, x0, shift, set()
+        self.abar = torch.tensor(cosine_tables(policy.schedule.steps)[0])[:, None]
+        self.predict, self.x0, self.shift, self.seen = policy.schedule.predict, x0, shift, set()
 
     def forward(self, x, k, obs):
         self.seen |= set(torch.as_tensor(k).flatten().tolist())
@@ -187,14 +235,14 @@ class Perfect(torch.nn.Module):
 
 @pytest.mark.parametrize("predict", PREDICT)
 @pytest.mark.parametrize("shift", [0.0, 0.5])
-def test_behaviour_cloning_loss_is_the_squared_error_against_a_perfect_network(float64, predict, shift):  # E2
+def test_E1_E2_E18_behaviour_cloning_loss_is_the_squared_error_against_a_perfect_network(float64, predict, shift):
     policy, action = make_policy(denoising_steps=7, sampling_steps=2, predict=predict), torch.randn(500, 2)
     policy.denoiser = Perfect(policy, action, shift)
     assert policy.bc_loss(torch.randn(500, 3), action).item() == pytest.approx(shift**2, abs=1e-20)
     assert policy.denoiser.seen == set(range(1, 8))
 
 
-# --- 2  networks -----------------------------------------------------------------------------------------------------
+# --- networks --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_untrained_policy_proposes_nearly_the_zero_action(algo):
@@ -210,7 +258,7 @@ def test_each_denoising_step_has_an_embedding_of_its_own_on_circles():
 
 
 def test_hidden_layers_begin_orthogonal_with_a_gain_of_root_two(float64):
-    net = ncdpo.mlp(8, 8, 3, "tanh", gain=0.5)
+    net = ncdpo.mlp(8, 8, 3, "tanh", last_gain=0.5)
     gains = [layer.weight @ layer.weight.T for layer in net[::2]]
     for gain, expected in zip(gains, (2 * torch.eye(8), 2 * torch.eye(8), 0.25 * torch.eye(3)), strict=True):
         torch.testing.assert_close(gain, expected)
@@ -231,11 +279,11 @@ def test_normalizer_agrees_with_numpy_over_uneven_batches(float64):
     assert norm(1e6 * torch.tensor([1.0, -1, 1, -1])).tolist() == [10.0, -10, 10, -10]
 
 
-# --- 3 and 5  policies -----------------------------------------------------------------------------------------------
+# --- policies ---------------------------------------------------------------------------------------------------------
 
 def reference_step(policy, predict, eta, x, k, obs):
     """mu_k and sigma_k of E3, E4, E18 as the README writes them, without the tables of Schedule."""
-    K, S = len(policy.schedule.abar) - 1, policy.K
+    K, S = policy.schedule.steps, policy.K
     abar, tau = cosine_tables(K)[0], round(K * k / S)
     now, before = abar[tau], abar[round(K * (k - 1) / S)]
     output = policy.denoiser(x, tau, obs)
@@ -249,7 +297,7 @@ def reference_step(policy, predict, eta, x, k, obs):
 @pytest.mark.parametrize("predict", PREDICT)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("K", [4, 8, 11])
-def test_ncdpo_mean_is_the_sampler_run_on_given_noise(float64, predict, eta, K):  # E5, E6, E18
+def test_E5_E6_E18_ncdpo_mean_is_the_sampler_run_on_given_noise(float64, predict, eta, K):
     policy = make_policy(denoising_steps=K, sampling_steps=4, predict=predict, eta=eta, clip_denoised=0.8)
     obs, omega = torch.randn(9, 3), torch.randn(9, 4, 2)
     noise = {"x4": omega[:, 0], 4: omega[:, 1], 3: omega[:, 2], 2: omega[:, 3], 1: 0.0}
@@ -260,47 +308,37 @@ def test_ncdpo_mean_is_the_sampler_run_on_given_noise(float64, predict, eta, K):
     torch.testing.assert_close(policy.act(obs, omega, torch.zeros(9, 2))[0], x)
 
 
-@pytest.mark.parametrize("M", [1, 2, 4, 5])
 @pytest.mark.parametrize("predict, noise_scale, discrete, K", [
     ("sample", 1.0, False, 5), ("epsilon", 0.6, True, 5), ("v", 0.6, False, 12)])
-def test_dppo_draws_and_scores_its_steps_as_a_plain_loop_does(float64, M, predict, noise_scale, discrete, K):
-    """E15, E16: five steps, of K; the last M are scored, those before follow E5 on the noise that is kept."""
+def test_E15_dppo_draws_and_scores_its_steps_as_a_plain_loop_does(float64, predict, noise_scale, discrete, K):
+    """Five steps, of K."""
     given = dict(denoising_steps=K, sampling_steps=5, predict=predict, eta=0.7, min_std=0.3, temperature=0.5,
                  clip_denoised=0.8)
-    policy = make_policy("dppo", discrete=discrete, scored_steps=M, noise_scale=noise_scale, **given)
-    obs, (omega, noise) = torch.randn(11, 3), policy.noise(11)
-    action, kept = policy.act(obs, omega, noise)
+    policy = make_policy("dppo", discrete=discrete, noise_scale=noise_scale, **given)
+    obs, (omega, noise) = torch.randn(11, 3), policy.draw_noise(11)
+    action, _, latent = policy.act(obs, omega, noise)
     x, expected = omega[:, 0], []
     for k in range(5, 0, -1):
         mu, sigma = reference_step(policy, predict, 0.7, x, k, obs)
-        std, z = noise_scale * sigma, omega[:, 6 - k] / noise_scale if k > 1 else noise
-        if k <= M:
-            std = max(std, 0.3)
-            end = Categorical(logits=mu / 0.5) if k == 1 and discrete else Normal(mu, std)
-            x = action if k == 1 and discrete else mu + std * z
-            expected.append(end.log_prob(x) if k == 1 and discrete else end.log_prob(x).sum(-1))
+        std = max(noise_scale * sigma, 0.3)
+        if k > 1:
+            x = mu + std * omega[:, 6 - k] / noise_scale
         else:
-            x = mu + std * z
+            x = action if discrete else mu + std * noise
+        end = Categorical(logits=mu / 0.5) if k == 1 and discrete else Normal(mu, std)
+        expected.append(end.log_prob(x) if k == 1 and discrete else end.log_prob(x).sum(-1))
     torch.testing.assert_close(action, x)
-    torch.testing.assert_close(policy.log_prob(obs, action, kept), torch.stack(expected, 1))
-    assert kept.shape == (11, 5, 2)
+    torch.testing.assert_close(policy.log_prob(obs, action, latent), torch.stack(expected, 1))
+    assert latent.shape == (11, 5, 2)
 
 
-@pytest.mark.parametrize("flows", [True, False])
-def test_one_scored_step_is_ncdpo_with_or_without_its_gradient_through_the_chain(float64, flows):  # E16
-    shared = dict(denoising_steps=4, min_std=0.3, init_std=0.3)
-    one = make_policy("dppo", scored_steps=1, chain_gradient=flows, **shared)
-    ncdpo_ = make_policy("ncdpo", **shared)
-    ncdpo_.load_state_dict(one.state_dict())
-    obs, action = torch.randn(9, 3), torch.randn(9, 2)
-    omega, _ = one.noise(9)
-    gradients = []
-    for policy in (one, ncdpo_):
-        log_prob = policy.log_prob(obs, action, omega)
-        gradients.append(torch.autograd.grad(log_prob.sum(), list(policy.denoiser.parameters())))
-    same = [torch.allclose(a, b) for a, b in zip(*gradients)]
-    assert all(same) if flows else not any(same)
-    torch.testing.assert_close(log_prob, one.log_prob(obs, action, omega)[:, 0])
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_an_action_is_drawn_with_the_likelihood_that_its_latent_scores_again(float64, algo, discrete):
+    policy, obs = make_policy(algo, discrete=discrete, denoising_steps=7, sampling_steps=3), torch.randn(20, 3)
+    action, log_prob, latent = policy.act(obs, *policy.draw_noise(20))
+    torch.testing.assert_close(policy.log_prob(obs, action, latent), log_prob)
+    assert log_prob.shape == ((20, 3) if algo == "dppo" else (20,))
 
 
 def test_noise_scale_is_a_factor_of_the_chains_noise_alone():
@@ -308,37 +346,14 @@ def test_noise_scale_is_a_factor_of_the_chains_noise_alone():
     for scale in (1.0, 0.3):
         policy = make_policy(noise_scale=scale)
         torch.manual_seed(1)
-        drawn.append(policy.noise(9))
+        drawn.append(policy.draw_noise(9))
     (omega, noise), (quiet, same_noise) = drawn
     torch.testing.assert_close(0.3 * omega, quiet)
     assert torch.equal(noise, same_noise)
 
 
-@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
-def test_frozen_steps_keep_the_network_they_began_with(tmp_path, algo):
-    given = dict(env="TinyBox-v0", algo=algo, denoising_steps=4, hidden=8, total_timesteps=64, episodes=1)
-    ncdpo.train(config(runs=str(tmp_path), **given))
-    run = tmp_path / f"TinyBox-v0__{algo}__1"
-    trainer = ncdpo.Trainer(config(finetune_steps=2, min_std=0.4, init_from=str(run), **given))
-    trainer.init_from(run)
-    tuned, frozen = trainer.policy.denoiser.denoiser, trainer.policy.denoiser.frozen
-    before = [p.clone() for p in frozen.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, tuned.parameters()))
-    trainer.iterate()
-    assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters()))
-    assert not any(torch.equal(a, b) for a, b in zip(before, tuned.parameters()))
-    used, forward = [], type(tuned).forward
-    for net, name in ((tuned, "tuned"), (frozen, "frozen")):
-        net.forward = lambda x, k, obs, net=net, name=name: used.append((name, k)) or forward(net, x, k, obs)
-    trainer.policy.act(torch.randn(3, 6), *trainer.policy.noise(3))
-    assert used == [("frozen", 4), ("frozen", 3), ("tuned", 2), ("tuned", 1)]
-    assert make_policy(algo, denoising_steps=20, sampling_steps=4, finetune_steps=2).denoiser.tuned == 10  # E18
-    if algo == "dppo":  # it scores just the steps that learn, and has the floor asked for
-        assert trainer.policy.M == 2 and trainer.policy.head.log_std.exp().tolist() == pytest.approx([0.4] * 2)
-
-
 @pytest.mark.parametrize("algo", ["ncdpo", "ppo"])
-def test_likelihood_is_torchs_gaussian_and_softmax_around_the_mean(float64, algo):  # E7, E8
+def test_E7_E8_likelihood_is_torchs_gaussian_and_softmax_around_the_mean(float64, algo):
     obs, tau = torch.randn(6, 3), 0.3 if algo == "ncdpo" else 1.0
     box, choice = (make_policy(algo, discrete=d, temperature=0.3, denoising_steps=3) for d in (False, True))
     for policy in (box, choice):
@@ -348,27 +363,27 @@ def test_likelihood_is_torchs_gaussian_and_softmax_around_the_mean(float64, algo
         expected = (end.log_prob(action), end.entropy())
         expected = expected if policy is choice else [term.sum(-1) for term in expected]
         torch.testing.assert_close(log_prob, expected[0])
-        torch.testing.assert_close(policy.evaluate(obs, action, omega)[1], expected[1])
+        torch.testing.assert_close(policy.evaluate_actions(obs, action, omega)[1], expected[1])
 
 
-def test_actions_are_drawn_as_their_likelihood_says(float64):  # E7, E8
+def test_E7_E8_actions_are_drawn_as_their_likelihood_says(float64):
     n, mean = 100_000, torch.tensor([0.4, -0.1, 0.2])
     choice, box = ncdpo.Categorical(0.5), ncdpo.Gaussian(3, 0.3)
-    drawn = choice.sample(mean, choice.noise(n, 3))
+    drawn = choice.sample(mean, choice.draw_noise(n, 3))
     probability = torch.softmax(mean / 0.5, -1)
     frequency = torch.bincount(drawn, minlength=3) / n
     assert ((frequency - probability).abs() < 5 * (probability / n).sqrt()).all()
-    drawn = box.sample(mean, box.noise(n, 3))
+    drawn = box.sample(mean, box.draw_noise(n, 3))
     assert ((drawn.mean(0) - mean).abs() < 5 * 0.3 / n**0.5).all()
     torch.testing.assert_close(drawn.std(0), torch.full((3,), 0.3), rtol=5 / (2 * n) ** 0.5, atol=0)
 
 
 @pytest.mark.parametrize("predict", PREDICT)
-@pytest.mark.parametrize("K, M", [(1, None), (4, None), (10, None), (5, 2)])
-def test_bpdt_gradient_equals_finite_differences(float64, predict, K, M):  # E13, E16
-    policy = make_policy("dppo" if M else "ncdpo", denoising_steps=K, predict=predict, scored_steps=M)
-    (obs, action), kept, h = (torch.randn(5, n) for n in (3, 2)), torch.randn(5, K, 2), 1e-5
-    parameters, loss = list(policy.denoiser.parameters()), lambda: policy.log_prob(obs, action, kept).sum()
+@pytest.mark.parametrize("K", [1, 4, 10])
+def test_E13_bpdt_gradient_equals_finite_differences(float64, predict, K):
+    policy = make_policy(denoising_steps=K, predict=predict)
+    (obs, action), omega, h = (torch.randn(5, n) for n in (3, 2)), torch.randn(5, K, 2), 1e-5
+    parameters, loss = list(policy.denoiser.parameters()), lambda: policy.log_prob(obs, action, omega).sum()
     gradient = parameters_to_vector(torch.autograd.grad(loss(), parameters))
     theta = parameters_to_vector(parameters).detach()
 
@@ -381,7 +396,7 @@ def test_bpdt_gradient_equals_finite_differences(float64, predict, K, M):  # E13
         assert difference == pytest.approx((gradient @ direction).item(), rel=1e-5)
 
 
-def test_gradient_is_zero_where_the_clean_estimate_is_clipped(float64):  # E3
+def test_E3_gradient_is_zero_where_the_clean_estimate_is_clipped(float64):
     policy = make_policy(denoising_steps=3, clip_denoised=1.0)
     torch.nn.init.constant_(policy.denoiser.net[-1].bias, 100.0)
     mean = policy.mean(torch.randn(5, 3), torch.randn(5, 3, 2))
@@ -410,7 +425,7 @@ def gauss_hermite(n, dims):
 
 
 @pytest.mark.parametrize("through_the_chain", [True, False])
-def test_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain(float64, through_the_chain):  # E10, E13
+def test_E10_E13_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain(float64, through_the_chain):
     policy = make_policy(obs_dim=1, act_dim=1, denoising_steps=2, init_std=0.5)
     reward = lambda a: torch.sin(2 * a) + 0.5 * a**2
     parameters = list(policy.parameters())
@@ -426,9 +441,7 @@ def test_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain(float64
         policy.mu = lambda x, *more: mu(x.detach(), *more)
     estimates, obs = [], torch.ones(4000, 1)
     for _ in range(200):
-        omega, noise = policy.noise(len(obs))
-        with torch.no_grad():
-            action, _ = policy.act(obs, omega, noise)
+        action, _, omega = policy.sample(obs)
         score = policy.log_prob(obs, action, omega) * (reward(action[:, 0]) - J.item())
         estimates.append(flat(torch.autograd.grad(score.mean(), parameters)))
     estimates = torch.stack(estimates)
@@ -437,7 +450,7 @@ def test_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain(float64
     assert (off < 4) == through_the_chain
 
 
-def test_kl_given_the_noise_bounds_the_kl_of_the_actions(float64):  # E14
+def test_E14_kl_given_the_noise_bounds_the_kl_of_the_actions(float64):
     old = make_policy(obs_dim=1, act_dim=1, denoising_steps=2, init_std=0.5)
     new = make_policy(obs_dim=1, act_dim=1, denoising_steps=2, init_std=0.5)
     new.load_state_dict(old.state_dict())
@@ -457,40 +470,87 @@ def test_kl_given_the_noise_bounds_the_kl_of_the_actions(float64):  # E14
     assert 1e-4 < marginal < conditional
 
 
-def test_the_core_runs_when_it_is_pasted_elsewhere():
-    """Sections 1 to 4 alone learn a bandit whose best action is a function of the observation."""
+@pytest.fixture
+def core():
+    """Sections 1 to 4 of the file, pasted below nothing but torch and math."""
     source = (HERE / "ncdpo.py").read_text()
-    core = source[source.index("# ===== 1  Noise schedule"):source.index("# ===== 5")]
-    assert not [word for word in ("Config", "gym", "DPPO", "np.") if word in core]
+    sections = source[source.index("# ===== 1  Noise schedule"):source.index("# ===== 5")]
+    assert not [word for word in ("Config", "gym", "DPPO", "np.") if word in sections]
     there = {"__name__": "elsewhere"}
-    exec("from __future__ import annotations\nimport math, torch\nimport torch.nn as nn\n"
-         "from torch.nn import functional as F\n" + core, there)
-    policy, critic = there["NCDPO"](2, 2, steps=3, hidden=32), there["mlp"](2, 32, 1, "silu", gain=1.0)
+    exec("import math, torch, torch.nn as nn, torch.nn.functional as F\n" + sections, there)
+    return there
+
+
+def test_the_core_learns_a_bandit_when_it_is_pasted_elsewhere(core):
+    """Its best action is a function of the observation."""
+    policy, critic = core["NCDPO"](2, 2, steps=3, hidden=32), core["mlp"](2, 32, 1, "silu", last_gain=1.0)
     adam = torch.optim.Adam([*policy.parameters(), *critic.parameters()], 3e-3)
     rewards = []
     for _ in range(60):
         obs = torch.rand(256, 2) * 2 - 1
-        with torch.no_grad():
-            action, kept = policy.act(obs, *policy.noise(256))
-            reward = -(action - 0.8 * obs.flip(1)).square().sum(1)
-            batch = dict(obs=obs, action=action, latent=kept, log_prob=policy.log_prob(obs, action, kept),
-                         advantage=reward - critic(obs)[:, 0], target=reward)
-        there["ppo_update"](partial(there["ppo_loss"], policy, critic), batch, adam, minibatch_size=128)
+        action, log_prob, latent = policy.sample(obs)
+        reward = -(action - 0.8 * obs.flip(1)).square().sum(1)
+        batch = dict(obs=obs, action=action, latent=latent, log_prob=log_prob, target=reward,
+                     advantage=reward - critic(obs)[:, 0].detach())
+        core["ppo_update"](partial(core["ppo_loss"], policy, critic), batch, adam, minibatch_size=128)
         rewards.append(reward.mean().item())
     untrained, perfect = -2 * (0.8**2 / 3 + 0.22**2), -2 * 0.22**2  # of the zero action and of the best one
     assert rewards[0] == pytest.approx(untrained, abs=0.1) and np.mean(rewards[-5:]) > 1.5 * perfect
-    there |= dict(obs_dim=3, act_dim=2, obs=torch.randn(64, 3), advantage=torch.randn(64), target=torch.randn(64))
-    exec(re.search(r"```python\n(import math.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1), there)
-    there["loss"].backward()  # of README's lines, through the chain
-    assert there["policy"].denoiser.net[0].weight.grad.norm() > 1e-4
 
+
+def test_readmes_lines_run_below_the_core(core):
+    core |= dict(obs_dim=3, act_dim=2, obs=torch.randn(64, 3), advantage=torch.randn(64), target=torch.randn(64))
+    lines = re.search(r"```python\n(import math.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+    exec(lines, core)  # README
+    core["loss"].backward()  # through the chain
+    assert core["policy"].denoiser.net[0].weight.grad.norm() > 1e-4
+
+
+class Transformer(torch.nn.Module):
+    """net(x_k, k, s) over chunks of H actions of A numbers, each action a token."""
+
+    def __init__(self, H, A, obs_dim, steps, width=16):
+        super().__init__()
+        self.action, self.obs = torch.nn.Linear(A, width), torch.nn.Linear(obs_dim, width)
+        self.step, self.place = torch.nn.Embedding(steps + 1, width), torch.nn.Parameter(torch.randn(H, width))
+        self.body = torch.nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
+        self.last = torch.nn.Linear(width, A)
+
+    def forward(self, x, k, obs):
+        about = self.obs(obs) + self.step(torch.as_tensor(k))
+        tokens = self.action(x.unflatten(-1, (len(self.place), -1))) + about[..., None, :] + self.place
+        return self.last(self.body(tokens.flatten(0, -3)).view_as(tokens)).flatten(-2)
+
+
+@pytest.mark.parametrize("kind", [ncdpo.NCDPO, ncdpo.DPPO])
+def test_any_network_may_denoise_and_is_trained_by_ppo_and_cloned(kind):
+    net, obs = Transformer(H=3, A=2, obs_dim=4, steps=3), torch.randn(64, 4)
+    policy, critic = kind(4, 6, steps=3, denoiser=net), ncdpo.mlp(4, 8, 1, "silu", last_gain=1.0)
+    batch = dict(zip(("action", "log_prob", "latent"), policy.sample(obs)), obs=obs, target=torch.randn(64),
+                 advantage=torch.randn(64))
+    adam = torch.optim.Adam([*policy.parameters(), *critic.parameters()], 3e-3)
+    ncdpo.ppo_update(partial(ncdpo.ppo_loss, policy, critic), batch, adam, epochs=1, minibatch_size=64)
+    for weight in net.parameters():
+        assert weight.grad.isfinite().all() and weight.grad.norm() > 1e-6
+    expert = lambda obs: torch.tanh(obs[:, :1] * torch.linspace(-1, 1, 6))
+    for _ in range(300):
+        obs = torch.randn(128, 4)
+        adam.zero_grad()
+        policy.bc_loss(obs, expert(obs)).backward()
+        adam.step()
+    omega, noise = policy.draw_noise(64)
+    shown, cloned = expert(batch["obs"]), policy.act(batch["obs"], 0 * omega, 0 * noise)[0]
+    assert (cloned - shown).square().mean() < 0.03 * shown.square().mean()
+
+
+# --- PPO --------------------------------------------------------------------------------------------------------------
 
 def random_rollout(T=40, N=3):
     reward, value, final_value = torch.randn(3, T, N)
-    terminated = (torch.rand(T, N) < 0.08).to(reward)
-    truncated = ((torch.rand(T, N) < 0.08) & (terminated == 0)).to(reward)
-    ended = terminated + truncated
-    final_value[:-1] = torch.where(ended[:-1] == 0, value[1:], final_value[:-1])  # without a reset a step leads on
+    terminated = torch.rand(T, N) < 0.08
+    truncated = (torch.rand(T, N) < 0.08) & ~terminated
+    ended = terminated | truncated
+    final_value[:-1] = torch.where(ended[:-1], final_value[:-1], value[1:])  # without a reset a step leads on
     assert terminated.sum() > 1 and truncated.sum() > 1
     return reward, value, final_value, terminated, ended
 
@@ -509,9 +569,9 @@ def test_advantages_are_the_discounted_sum_of_td_errors_within_an_episode(float6
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_ppo_loss_is_the_clipped_objective(float64, algo):  # E11, E12, E15
+def test_E11_E12_E15_ppo_loss_is_the_clipped_objective(float64, algo):
     c = config(algo=algo, denoising_steps=3, gamma_denoising=0.5)
-    agent, obs = shaken(ncdpo.Agent(c, 3, 2, False)), torch.randn(40, 3)
+    agent, obs = shaken(ncdpo.Agent(c, 3, 2, False, 3)), torch.randn(40, 3)
     action, log_prob, latent = agent.policy.sample(obs)
     log_prob = log_prob.detach()
     old, advantage, target = log_prob + 0.3 * torch.randn_like(log_prob), 5 + torch.randn(40), torch.randn(40)
@@ -531,7 +591,7 @@ def test_ppo_loss_is_the_clipped_objective(float64, algo):  # E11, E12, E15
     torch.testing.assert_close(*both)
 
 
-def descend(size, kl=0.0, **given):
+def descend(size, **given):
     """`ppo_update` on the loss 100 v + 10 w by plain gradient descent, each a group of its own: the minibatches
     taken, where v and w went, the diagnostics.
     """
@@ -540,8 +600,7 @@ def descend(size, kl=0.0, **given):
     def loss(obs, target):
         assert torch.equal(obs, target)  # each row stays together
         picks.append(obs.tolist())
-        kls = torch.tensor(2 * kl * (len(picks) % 2))  # two minibatches have the mean `kl`
-        return 100 * v + 10 * w, {"nothing": torch.tensor(0.0), "approx_kl": kls, "taken": obs.min() * 1.0}
+        return 100 * v + 10 * w, {"taken": obs.min() * 1.0}
 
     sgd = torch.optim.SGD([{"params": [v]}, {"params": [w]}], lr=1.0)
     row = ncdpo.ppo_update(loss, dict.fromkeys(("obs", "target"), torch.arange(size)), sgd, **given)
@@ -558,392 +617,9 @@ def test_update_takes_whole_minibatches_in_a_new_order_each_epoch_and_clips_each
     assert [len(pick) for pick in descend(100, epochs=2, minibatch_size=300)[0]] == [100] * 2  # all there is
 
 
-@pytest.mark.parametrize("kl, minibatches", [(0.03, 8), (0.06, 2)])
-def test_target_kl_is_compared_with_the_mean_of_each_epoch(kl, minibatches):
-    picks, _, _, row = descend(100, kl, epochs=4, minibatch_size=50, target_kl=0.05)
-    assert len(picks) == minibatches and row["last_kl"] == pytest.approx(kl)
+# ===== loop ===========================================================================================================
 
-
-# --- 6  environments -------------------------------------------------------------------------------------------------
-
-def play(env_id, vector, seed=3, num_envs=3, steps=210, chunk=1):
-    """Random actions, many of them out of bounds: a dictionary of arrays for each step, and the seeds used."""
-    env, seeds = VectorEnv(env_id, num_envs, CPU, vector, chunk), []
-    reset, rng = env.envs.reset, torch.Generator().manual_seed(seed)
-    env.envs.reset = lambda new: seeds.extend(new) or reset(new)
-    obs, rows = env.reset(seed), []
-    for _ in range(steps):
-        if env.discrete:
-            action = torch.randint(env.act_dim, (num_envs,), generator=rng)
-        else:
-            action = 1.5 * torch.randn(num_envs, env.act_dim, generator=rng)
-        next_obs, reward, terminated, truncated, final_obs = env.step(action)
-        row = dict(obs=obs, action=action, reward=reward, terminated=terminated, truncated=truncated,
-                   final_obs=final_obs, next_obs=next_obs)
-        rows.append({name: tensor.numpy() for name, tensor in row.items()})
-        obs = next_obs
-    env.close()
-    return rows, seeds
-
-
-@pytest.mark.parametrize("env_id, vector, chunk", [
-    ("CartPole-v1", "auto", 1), ("Pendulum-v1", "auto", 1), ("Tiny-v0", "sync", 1), ("TinyBox-v0", "sync", 1),
-    ("TinyBox-v0", "sync", 3), ("TinyEnds-v0", "sync", 3), ("Hopper-v4", "sync", 3)])
-def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
-    """Also where the actions of a chunk are played one after another, until its episode ends."""
-    rows, seeds = play(env_id, vector, chunk=chunk, steps=210 if chunk == 1 else 80)
-    ends, cut_short = 0, False
-    for i, seed in enumerate(seeds):
-        alone = make_env(env_id)
-        obs, space = alone.reset(seed=seed)[0], alone.action_space
-        for row in rows:
-            np.testing.assert_allclose(row["obs"][i], np.float32(obs).ravel(), rtol=1e-5, atol=1e-5)
-            rewards = []
-            for part in np.split(np.atleast_1d(row["action"][i]), chunk):
-                if isinstance(space, gym.spaces.Discrete):
-                    action = part[0] + space.start
-                else:
-                    action = np.float32(space.low + (np.float64(part).clip(-1, 1) + 1) / 2 * (space.high - space.low))
-                obs, reward, *ended, _ = alone.step(action)
-                rewards.append(reward)
-                if any(ended):
-                    break
-            cut_short |= len(rewards) < chunk
-            np.testing.assert_allclose(row["final_obs"][i], np.float32(obs).ravel(), rtol=1e-5, atol=1e-5)
-            np.testing.assert_allclose(row["reward"][i], rewards + [np.nan] * (chunk - len(rewards)), rtol=1e-5)
-            assert [row["terminated"][i], row["truncated"][i]] == ended
-            assert np.array_equal(row["final_obs"][i], row["next_obs"][i]) != any(ended)
-            if any(ended):
-                ends += 1
-                obs = alone.reset()[0]
-    assert ends >= len(seeds) and len(set(seeds)) == len(seeds) and cut_short == (chunk > 1)
-
-
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v4"])
-def test_seed_decides_where_episodes_start(env_id):
-    one, again, other = (play(env_id, "auto", seed, steps=1)[0][0]["obs"] for seed in (3, 3, 4))
-    assert np.array_equal(one, again) and not np.isin(one, other).any()
-
-
-# --- 6  MuJoCo in batches, against Gymnasium --------------------------------------------------------------------------
-
-batched = pytest.mark.skipif(not importlib.util.find_spec("mujoco.batch"), reason="a MuJoCo before 4 has no batches")
-FAMILIES = ["HalfCheetah", "Hopper", "Walker2d", "Swimmer"]
-MUJOCO = [f"{family}-{version}" for family in FAMILIES for version in ("v4", "v5")] + ["Ant-v4"]
-SHOWN = dict(exclude_current_positions_from_observation=False)
-CHANGED = [
-    ("HalfCheetah-v4", dict(ctrl_cost_weight=0.3, forward_reward_weight=0.7, reset_noise_scale=0.2, **SHOWN)),
-    ("Swimmer-v5", dict(ctrl_cost_weight=0.3, frame_skip=3, **SHOWN)),
-    ("Hopper-v4", dict(terminate_when_unhealthy=False, healthy_reward=0.3, **SHOWN)),
-    ("Hopper-v5", dict(terminate_when_unhealthy=False, healthy_reward=0.3, frame_skip=2, healthy_state_range=(-3, 3))),
-    ("Hopper-v5", dict(healthy_state_range=(-2, 2))), ("Hopper-v4", dict(healthy_angle_range=(-9, 9))),
-    ("Walker2d-v5", dict(healthy_z_range=(1.1, 1.3), healthy_angle_range=(-9, 9), xml_file="walker2d.xml")),
-    ("Walker2d-v4", dict(healthy_angle_range=(-0.1, 0.1), healthy_z_range=(-9, 9))),
-    ("Ant-v4", dict(healthy_z_range=(0.5, 0.8), healthy_reward=0.3, **SHOWN)),
-]
-
-
-def follow(env, batch, i):
-    """Put a single environment at its start into the state of the batch's i-th; returns its observation."""
-    env.reset()
-    env.unwrapped.set_state(batch.pool.qpos[i].numpy(), batch.pool.qvel[i].numpy())
-    return env.unwrapped._get_obs()
-
-
-def both(env_id, num_envs=3, chunk=1, **changed):
-    """The batch and as many single environments, in the same start states; and a source of actions."""
-    task = physics.batched_task(make_env(env_id, **changed))
-    batch = physics.MujocoEnvs(task, physics.MujocoPool, num_envs, chunk, CPU)
-    singles = [make_env(env_id, **changed) for _ in range(num_envs)]
-    batch.reset([1])
-    for i, env in enumerate(singles):
-        follow(env, batch, i)
-    space, rng = singles[0].action_space, np.random.default_rng(1)
-    return batch, singles, lambda: rng.uniform(space.low, space.high, (num_envs, chunk, len(space.low)))
-
-
-@batched
-@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Hopper-v5", "Swimmer-v4", "Ant-v4"])
-def test_batched_episodes_start_as_gymnasiums_do(env_id):
-    env, batch = make_env(env_id), VectorEnv(env_id, 2000, CPU).reset(1).double().numpy()
-    single = np.array([env.reset(seed=seed)[0] for seed in range(2000)])
-    spread = single.std(0)
-    assert np.abs(batch.mean(0) - single.mean(0)).max() < 5 * (2 / 2000) ** 0.5 * spread.max()
-    assert np.abs(batch.std(0) - spread).max() < 5 * (2 / 2000) ** 0.5 * spread.max()
-    assert len(np.unique(batch[:, 0])) > 1900
-    uniform = (single.max(0) - single.min(0)) < 4 * spread  # its range is 3.5 deviations; a normal one's is about 7
-    assert np.abs(batch.max(0) - single.max(0))[uniform].max() < 0.05 * spread.max()
-
-
-@batched
-@pytest.mark.parametrize("env_id, changed", [(env_id, {}) for env_id in MUJOCO] + CHANGED, ids=str)
-def test_every_batched_step_is_the_one_of_gymnasium(env_id, changed):
-    batch, singles, draw = both(env_id, max_episode_steps=70, **changed)
-    exact, outcome, ended = [], batch.task.outcome, False
-    batch.task.outcome = lambda *given: exact.append(outcome(*given)) or exact[-1]  # rewards before the cast
-    for _ in range(150):  # free-running: no error may add up, not even through ends and restarts
-        for i, data in enumerate(env.unwrapped.data for env in singles):
-            assert np.array_equal(batch.pool.qpos[i], data.qpos) and np.array_equal(batch.pool.qvel[i], data.qvel)
-        action = draw()
-        _, reward, terminated, truncated, final_obs = batch.step(torch.from_numpy(action[:, 0]))
-        obs = batch.task.obs(batch.pool)
-        for i, env in enumerate(singles):
-            now, r, *ends, _ = env.step(action[i, 0])
-            assert ends == [terminated[i], truncated[i]]
-            assert float(exact[-1][0][i]) == pytest.approx(r, rel=1e-12, abs=1e-12)
-            assert float(reward[i, 0]) == pytest.approx(r, rel=1e-6, abs=1e-6)
-            assert np.allclose(final_obs[i], now, rtol=1e-6, atol=1e-6)
-            ended |= any(ends)
-            now = follow(env, batch, i) if any(ends) else now
-            assert np.array_equal(obs[i], now.astype(np.float32))
-    assert ended  # the comparison has gone through restarts
-
-
-@batched
-def test_time_limit_and_fall_in_one_step_set_both_flags():
-    _, (env,), draw = both("Hopper-v5", 1)
-    actions = [draw()[:, 0] for _ in range(200)]
-    fall = 1 + next(i for i, action in enumerate(actions) if env.step(action[0])[2])
-    chunk = torch.from_numpy(np.concatenate(actions[:fall], 1))
-    for limit in (fall, fall - 1):  # and a fall that the episode did not live to see sets none
-        batch, (env,), _ = both("Hopper-v5", 1, chunk=fall, max_episode_steps=limit)
-        _, _, terminated, truncated, _ = batch.step(chunk)
-        for action in actions[:limit]:
-            _, _, *ends, _ = env.step(action[0])
-        assert ends == [terminated[0], truncated[0]] == [limit == fall, True]
-
-
-@batched
-def test_a_state_that_mujoco_itself_resets_goes_on_as_in_gymnasium_and_does_not_poison_the_others():
-    batch, singles, draw = both("HalfCheetah-v5", chunk=2)
-    batch.pool.qvel[1] = singles[1].unwrapped.data.qvel[:] = 1e11
-    for _ in range(3):
-        action = draw()
-        obs, reward, terminated, truncated, _ = batch.step(torch.from_numpy(action.reshape(3, -1)))
-        assert not (terminated | truncated).any() and reward.isfinite().all()
-        for i, env in enumerate(singles):
-            assert np.array_equal(obs[i], [env.step(a)[0] for a in action[i]][-1].astype(np.float32))
-
-
-@batched
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 2e10])
-@pytest.mark.parametrize("what", ["qpos", "qvel"])
-def test_a_bad_state_at_the_end_of_a_step_terminates_the_episode(monkeypatch, what, value):
-    batch, _, draw = both("Hopper-v5")
-    step = batch.pool.step
-    batch.pool.step = lambda ctrl: (step(ctrl), getattr(batch.pool, what)[1].fill_(value))
-    obs, reward, terminated, _, final_obs = batch.step(torch.from_numpy(draw()[:, 0]))
-    assert terminated.tolist() == [False, True, False] and reward[1] == 0 and not final_obs[1].any()
-    assert obs.abs().max() < 10 and reward.isfinite().all()
-
-
-@batched
-def test_only_tasks_whose_formulas_are_known_are_batched(monkeypatch):
-    from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
-
-    class Mine(HopperEnv):
-        __module__ = "mine.hopper_v5"
-
-    others = [make_env(name) for name in ("Ant-v5", "Humanoid-v5", "Reacher-v4", "CartPole-v1", "Hopper-v5")]
-    others[-1].unwrapped.model.opt.enableflags = 1
-    others += [Mine(), make_env("Ant-v4", use_contact_forces=True)]
-    others += [gym.wrappers.ClipReward(make_env("Ant-v4"), -1, 1), gym.wrappers.ClipAction(make_env("Hopper-v5"))]
-    assert not any(map(physics.batched_task, others)) and all(physics.batched_task(make_env(name)) for name in MUJOCO)
-    assert physics.batched_task(HopperEnv()).limit == np.inf
-    assert physics.batched_task(make_env("Hopper-v5")).limit == 1000
-    for env_id, vector, served in (("Hopper-v5", "auto", "batched"), ("Hopper-v5", "sync", "sync"),
-                                   ("CartPole-v1", "auto", "sync")):
-        assert VectorEnv(env_id, 1, CPU, vector).vector == served
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # a MuJoCo before 4
-    assert physics.batched_task(HopperEnv()) is None
-
-
-# --- 6  MuJoCo Warp, against MuJoCo ----------------------------------------------------------------------------------
-
-warp = pytest.mark.skipif(not importlib.util.find_spec("mujoco_warp"), reason="mujoco-warp is not installed")
-
-
-def pools(env_id, num_envs=16, lift=0.0):
-    """The formulas, both simulators in the same states near a start (lifted), and a source of actions."""
-    task = physics.batched_task(make_env(env_id))
-    given = task.env.model, num_envs, task.env.frame_skip, task.fields, CPU
-    slow, fast, rng = physics.MujocoPool(*given), physics.WarpPool(*given), np.random.default_rng(3)
-    qpos = torch.from_numpy(task.env.init_qpos + rng.uniform(-0.1, 0.1, slow.qpos.shape)).float()
-    qvel = torch.from_numpy(rng.uniform(-0.5, 0.5, slow.qvel.shape)).float()
-    if lift:
-        qpos[:, 2] += lift
-    everywhere = torch.ones(num_envs, dtype=torch.bool)
-    slow.restart(everywhere, lambda: (qpos.double(), qvel.double()))
-    fast.restart(everywhere, lambda: (qpos, qvel))
-    space = task.env.action_space
-    return task, slow, fast, lambda: torch.from_numpy(rng.uniform(space.low, space.high, slow.ctrl.shape)).float()
-
-
-def distance(slow, fast, *names):
-    """Largest difference in each environment."""
-    difference = [(getattr(slow, name) - getattr(fast, name)).abs().flatten(1).amax(1) for name in names]
-    return torch.stack(difference).amax(0)
-
-
-@warp
-@pytest.mark.parametrize("env_id", MUJOCO)
-def test_warp_moves_as_mujoco_does(env_id):
-    """But where a leg steeper than 60 degrees meets the floor: Warp turns its friction pyramid, so Ant falls freely."""
-    task, slow, fast, draw = pools(env_id, lift=30.0 if "Ant" in env_id else 0.0)
-    scale = 10 if "Ant" in env_id else 1  # float32 at a height of 30
-    assert distance(slow, fast, *task.fields).max() < 1e-6 * scale if task.fields else True  # those of the start
-    for step in range(100):
-        action = draw()
-        slow.step(action.double())
-        fast.step(action)
-        qpos, rest = (distance(slow, fast, *names) for names in (["qpos"], ["qvel", *task.fields]))
-        if step == 0:
-            assert qpos.max() < 1e-6 * scale and rest.max() < 1e-4
-        if step == 19:
-            assert qpos.median() < 1e-4 and rest.median() < 2e-3
-    if env_id.split("-")[0] not in ("HalfCheetah", "Ant"):  # chaotic, or it has landed
-        assert qpos.median() < 3e-4 and rest.median() < 3e-3
-    assert not fast.arrays[1].overflow.numpy().any() and slow.qvel.abs().max() > 0.1
-
-
-@warp
-@pytest.mark.parametrize("env_id", MUJOCO)
-def test_rewards_and_ends_on_warps_states_are_those_of_the_formulas(env_id):
-    task = physics.batched_task(make_env(env_id))
-    envs, fields = physics.MujocoEnvs(task, physics.WarpPool, 64, 1, CPU), ("qpos", "qvel", *task.fields)
-    envs.reset([5])
-    there = type("States", (), {})  # a pool that knows nothing of Warp
-    note = lambda: [setattr(there, name, getattr(envs.pool, name).double().clone()) for name in fields]
-    outcome, seen, ends = task.outcome, [], 0
-
-    def noted(pool, x_before, action):
-        note()
-        seen.append((task.healthy(there), outcome(there, x_before.double(), action.double()), task.obs(there)))
-        return outcome(pool, x_before, action)
-
-    task.outcome = noted
-    for step in range(120):
-        action = torch.from_numpy(task.env.action_space.high * np.random.default_rng(step).uniform(-1, 1, (64, 1)))
-        age = envs.age.clone()
-        obs, reward, terminated, truncated, final_obs = envs.step(action.float().expand_as(envs.pool.ctrl))
-        _, (expected, fell), expected_obs = seen[-1]
-        assert torch.equal(terminated, fell) and not truncated.any()
-        scale = max(1, task.x(there).abs().max().item() / 1e-2)  # float32 positions, divided by dt
-        torch.testing.assert_close(reward[:, 0].double(), expected.double(), rtol=1e-5, atol=3e-6 * scale)
-        torch.testing.assert_close(final_obs, expected_obs.float(), rtol=1e-5, atol=1e-6)
-        assert torch.equal(envs.age, torch.where(terminated, 0, age + 1))
-        assert torch.equal((obs != final_obs).any(1), terminated)
-        ends += terminated.sum()
-    assert ends or env_id.startswith(("HalfCheetah", "Swimmer", "Ant"))
-
-
-@warp
-@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Ant-v4"])
-def test_a_masked_restart_leaves_the_other_environments_alone(env_id):
-    task, slow, fast, draw = pools(env_id, 6)
-    names = ["qpos", "qvel", "qacc_warmstart", *task.fields]
-    for _ in range(8):  # into contact
-        fast.step(action := draw())
-    ended = torch.tensor([True, False, False, True, False, True])
-    before = [getattr(fast, name).clone() for name in names]
-    qpos, qvel = 0.01 + fast.qpos.new_tensor(task.env.init_qpos).expand(6, -1), torch.zeros(6, fast.qvel.shape[1])
-    fast.restart(ended, lambda: (qpos, qvel))
-    assert torch.equal(fast.qpos[ended], qpos[ended]) and torch.equal(fast.qvel[ended], qvel[ended])
-    for name, old in zip(names, before):
-        assert torch.equal(getattr(fast, name)[~ended], old[~ended])
-    slow.restart(torch.ones(6, dtype=torch.bool), lambda: (qpos.double(), qvel.double()))
-    if task.fields:
-        assert distance(slow, fast, *task.fields)[ended].max() < 1e-6
-    slow.step(action.double())
-    fast.step(action)
-    assert distance(slow, fast, "qpos", "qvel", *task.fields)[ended].max() < 1e-4
-
-
-@warp
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_warps_environments_end_and_begin_again(chunk):
-    env = VectorEnv("Hopper-v4", 8, CPU, "warp", chunk)
-    env.envs.task.limit = 12
-    obs, ends = env.reset(1), torch.zeros(2)
-    for step in range(40):
-        age = env.envs.age.clone()
-        obs, reward, terminated, truncated, final_obs = env.step(1.5 * torch.randn(8, 3 * chunk))
-        played = reward.isfinite().sum(1)
-        assert torch.equal(truncated, age + played == 12) and (played[~(terminated | truncated)] == chunk).all()
-        fresh = terminated | truncated
-        assert (env.envs.age[fresh] == 0).all() and (obs[fresh, 0] - 1.25).abs().max() <= 0.005 if fresh.any() else True
-        assert torch.equal(obs[~fresh], final_obs[~fresh])
-        ends += torch.tensor([terminated.sum(), truncated.sum()])
-    assert ends.min() > 0
-
-
-@warp
-def test_a_diverged_world_terminates_and_does_not_poison_the_others():
-    env = VectorEnv("HalfCheetah-v5", 3, CPU, "warp")
-    env.reset(1)
-    env.envs.pool.qpos[1] = torch.nan
-    obs, reward, terminated, _, final_obs = env.step(torch.zeros(3, 6))
-    assert terminated.tolist() == [False, True, False] and reward[1] == 0 and not final_obs[1].any()
-    for _ in range(3):
-        assert obs.isfinite().all() and reward.isfinite().all()
-        obs, reward, terminated, *_ = env.step(torch.zeros(3, 6))
-        assert not terminated.any()
-
-
-@warp
-def test_no_pose_has_more_contacts_than_warp_has_room_for():
-    for env_id in ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4"):
-        task, _, fast, _ = pools(env_id, 256)
-        fast.qpos.uniform_(-1.5, 1.5)  # limbs anywhere, most of them deep in the floor
-        fast._forward()
-        assert fast.arrays[1].nefc.numpy().max() > 30
-        fast.step(torch.zeros_like(fast.ctrl))
-        assert not (fast.arrays[1].overflow.numpy() & 31).any()  # the bits above are of solvers
-
-
-@warp
-def test_contacts_that_find_no_room_end_the_run_in_one_line(capfd, monkeypatch, tmp_path):
-    import mujoco_warp
-    make = mujoco_warp.make_data
-    monkeypatch.setattr(mujoco_warp, "make_data", lambda model, n=1, **room: make(model, n, **{**room, "nconmax": 1}))
-    flags = arguments("HalfCheetah-v4", tmp_path, "--vector", "warp", "--num-steps", "64", "--total-timesteps", "1024")
-    assert main([str(flag) for flag in flags]) == 2  # both feet are on the floor after some 20 steps
-    assert "contacts were lost" in capfd.readouterr().err
-
-
-@warp
-def test_more_worlds_than_memory_are_told_with_the_number_that_fits(monkeypatch):
-    monkeypatch.setattr(physics, "free_memory", lambda device: 10 * 2**20)
-    with pytest.raises(UserError, match=r"enough for --num-envs \d+") as told:
-        VectorEnv("Hopper-v4", 10_000, CPU, "warp")
-    fits = int(re.search(r"--num-envs (\d+)", str(told.value))[1])
-    pool = VectorEnv("Hopper-v4", fits, CPU, "warp").envs.pool
-    assert 0.7 * 10 * 2**20 < physics.size(pool.arrays[1]) < 0.9 * 10 * 2**20
-    with pytest.raises(UserError, match="enough for"):
-        VectorEnv("Hopper-v4", fits + 1, CPU, "warp")
-
-
-@pytest.mark.parametrize("env_id, hide, words", [
-    ("Hopper-v4", True, "mujoco-warp"), ("CartPole-v1", False, "formulas"), ("Humanoid-v5", False, "formulas")])
-def test_what_warp_cannot_do_is_told_in_one_line(capsys, monkeypatch, tmp_path, env_id, hide, words):
-    if hide:
-        monkeypatch.setitem(sys.modules, "mujoco_warp", None)
-    assert words in complaint(capsys, *arguments(env_id, tmp_path, "--vector", "warp"))
-
-
-def test_a_gpu_has_presets_of_its_own(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "mujoco_warp")
-    preset = ncdpo.PRESETS["HalfCheetah on a GPU"]
-    for flags in ([], ["--algo", "ppo"]):
-        chosen = vars(ncdpo.parse(["--env", "HalfCheetah-v4", "--device", "cuda", *flags])[0])
-        assert {name: chosen[name] for name in preset} == preset and preset["num_envs"] > 1000
-    assert ncdpo.parse(["--device", "cuda:1", "--num-envs", "8"])[0].num_envs == 8
-    for flags in ([], ["--device", "cpu"], *(["--device", "cuda", *more] for more in (
-            ["--vector", "sync"], ["--env", "CartPole-v1"], ["--env", "mine/HalfCheetah-v0"]))):
-        assert ncdpo.parse(flags)[0].num_envs == ncdpo.Config.num_envs
-
-
-# --- 7 and 10  rollout and update ------------------------------------------------------------------------------------
+# --- rollout and update -----------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def batches(monkeypatch):
@@ -953,12 +629,12 @@ def batches(monkeypatch):
     return taken
 
 
-def test_all_noise_is_drawn_afresh_at_each_step():  # E9
+def test_E9_all_noise_is_drawn_afresh_at_each_step():
     trainer = ncdpo.Trainer(config(env="Pendulum-v1", num_steps=400, total_timesteps=800))
-    trainer.rollout.collect(trainer.env, trainer.policy, trainer.act, trainer.obs)
-    omega = trainer.rollout.latent
-    mean = trainer.policy.mean(trainer.agent.obs_norm(trainer.rollout.obs).flatten(0, 1), omega.flatten(0, 1))
-    final = (trainer.rollout.action - mean.view(400, 2, 1)).detach() / 0.22
+    agent, rollout = trainer.agent, trainer.play()
+    omega = rollout["latent"]
+    mean = agent.policy.mean(agent.obs_norm(rollout["obs"]).flatten(0, 1), omega.flatten(0, 1))
+    final = (rollout["action"] - mean.view(400, 2, 1)).detach() / 0.22
     for noise in (omega, final):
         n = noise.numel()
         assert len(noise.unique()) > 0.99 * n and abs((noise[1:] * noise[:-1]).mean()) < 5 / n**0.5
@@ -968,7 +644,7 @@ def test_all_noise_is_drawn_afresh_at_each_step():  # E9
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-def test_first_minibatch_after_a_rollout_has_ratio_one(algo, env):  # E11
+def test_E11_first_minibatch_after_a_rollout_has_ratio_one(algo, env):
     trainer = ncdpo.Trainer(config(algo=algo, env=env, update_epochs=1, minibatch_size=64))
     for _ in range(2):  # in the second, weights and normalisers have moved on from their first values
         row = trainer.iterate()
@@ -976,35 +652,40 @@ def test_first_minibatch_after_a_rollout_has_ratio_one(algo, env):  # E11
 
 
 def test_episodes_are_counted_across_rollouts():
-    rollout = ncdpo.Trainer(config()).rollout
-    cut = torch.tensor([math.nan, 0.5]).expand(3, 2)  # one environment plays half of each chunk, the other all of it
-    rollout.reward = torch.stack([torch.tensor([[1.0, 10], [2, 20], [3, 30]]), cut], -1)
-    rollout.ended = torch.tensor([[0.0, 0], [1, 0], [0, 0]])
-    assert rollout.finished().tolist() == [[3, 2]]
-    rollout.ended = torch.tensor([[0.0, 1], [1, 1], [1, 0]])
-    assert rollout.finished().tolist() == [[72, 8], [6, 3], [20.5, 2], [3, 1]]
+    """Return, length and success, the last told where an episode ends."""
+    trainer, cut = ncdpo.Trainer(config()), torch.tensor([math.nan, 0.5]).expand(3, 2)  # one plays half of each chunk
+    reward = torch.stack([torch.tensor([[1.0, 10], [2, 20], [3, 30]]), cut], -1)
+
+    def finished(ended, success):
+        rollout = dict(reward=reward, ended=torch.tensor(ended) > 0, success=torch.tensor(success))
+        return trainer.finished(rollout).tolist()
+
+    assert finished([[0, 0], [1, 0], [0, 0]], [[0.0, 0], [1, 0], [0, 0]]) == [[3, 2, 1]]
+    episodes = finished([[0, 1], [1, 1], [1, 0]], [[0.0, 1], [0, 0], [1, 0]])
+    assert episodes == [[72, 8, 1], [6, 3, 0], [20.5, 2, 0], [3, 1, 1]]
 
 
 @pytest.mark.parametrize("algo, env, H, g", [
     ("ncdpo", "CartPole-v1", 1, 0.9), ("dppo", "TinyBox-v0", 1, 0.9),  # the first terminates, the second truncates
     ("ncdpo", "TinyBox-v0", 3, 0.9), ("ncdpo", "TinyEnds-v0", 3, 0.9), ("ncdpo", "TinyBox-v0", 3, 0.0)])  # in a chunk
-def test_update_learns_from_the_decisions_played(monkeypatch, batches, algo, env, H, g):  # E10, E12
+def test_E10_E12_update_learns_from_the_decisions_played(monkeypatch, batches, algo, env, H, g):
     """The second update against loops over its steps: discount g a step, so g^H a decision."""
-    lam, coefficients = 0.8, dict(clip_coef=0.1, vf_coef=0.7, ent_coef=0.03)
+    lam, coefficients, measured = 0.8, dict(clip_coef=0.1, ent_coef=0.03), []
     trainer = ncdpo.Trainer(config(algo=algo, env=env, action_chunk=H, gamma=g, gae_lambda=lam,
-                                   target_kl=0.3, max_grad_norm=0.7, total_timesteps=256 * H, **coefficients))
+                                   total_timesteps=256 * H, **coefficients))
     step, starts, steps, agent = trainer.env.step, trainer.obs, [], trainer.agent
     shaken(agent)
     trainer.env.step = lambda action: steps.append(step(action)) or steps[-1]
-    act, noises = trainer.act, []
-    trainer.act = lambda obs, *noise: noises.append(noise) or act(obs, *noise)
-    monkeypatch.setattr(health, "chain_gradient", lambda *_: (np.array([9.0, 2.0, 8.0]), 0.25))
+    act, noises = agent.act, []
+    agent.act = lambda obs, *noise: noises.append(noise) or act(obs, *noise)
+    monkeypatch.setattr(ncdpo, "measure_chain", lambda policy, batch: measured.append(batch) or {"chain_std": 0.25})
     trainer.iterate()
     row = trainer.iterate()
     obs, rewards, terminated, truncated, led = (torch.stack(x) for x in zip(*steps))
     obs, ended = torch.cat([starts[None], obs[:-1]]), terminated | truncated
     seen = obs[:32].flatten(0, 1)  # a rollout's own observations count only from the next one on
-    obs, led = (((x - seen.mean(0)) / (seen.var(0, correction=0) + 1e-8).sqrt()).clamp(-10, 10) for x in (obs, led))
+    obs, led = (((x - seen.mean(0)) / (seen.var(0, correction=0) + 1e-8).sqrt()).clamp(-10, 10).float()
+                for x in (obs, led))
     with torch.no_grad():
         value, there = (agent.critic(x)[..., 0] for x in (obs, led))
     reward, sums, A = (g ** torch.arange(H) * rewards).nansum(-1), torch.zeros(65, 2), torch.zeros(65, 2)
@@ -1015,16 +696,17 @@ def test_update_learns_from_the_decisions_played(monkeypatch, batches, algo, env
         ahead = reward[t] / scale + g ** rewards[t].isfinite().sum(-1) * ~terminated[t] * there[t]
         A[t] = ahead - value[t] + g**H * lam * ~ended[t] * A[t + 1]
     batch, loss, optimizer, *more = batches[1]
+    names = ("action", "log_prob", "latent")
     expected = dict(obs=obs[32:], advantage=A[32:64], target=A[32:64] + value[32:])
     played = agent.policy.act(obs[32:].flatten(0, 1), *(torch.cat(x) for x in zip(*noises[32:])))  # as it was seen
-    expected |= {name: x.detach().view(32, 2, *x.shape[1:]) for name, x in zip(("action", "latent"), played)}
+    expected |= {name: x.detach().view(32, 2, *x.shape[1:]) for name, x in zip(names, played)}
     for name, tensor in expected.items():
         torch.testing.assert_close(batch[name], tensor.flatten(0, 1), rtol=1e-3, atol=1e-3)
-    assert optimizer is trainer.optimizer and more == [2, 32, 0.7, 0.3] and ended[32:].any()
+    assert optimizer is trainer.optimizer and more == [2, 32] and ended[32:].any()
     assert loss(**batch)[0] == ncdpo.ppo_loss(agent.policy, agent.critic, **batch, **coefficients)[0]
     explained = 1 - float(expected["advantage"].var() / expected["target"].var())
     assert row["explained_variance"] == pytest.approx(explained, abs=1e-3) and row["step"] == 2 * 2 * 32 * H
-    assert algo != "ncdpo" or (row["chain_gradient_ratio"], row["chain_clipped"]) == (2 / 8, 0.25)
+    assert measured[1] is batch and row["chain_std"] == 0.25
 
 
 def test_scaled_rewards_are_clipped_to_ten(batches):
@@ -1046,24 +728,8 @@ def test_adam_takes_the_learning_rates_of_the_update(critics_own):
     rates = [5e-4, 2e-3] if critics_own else [5e-4]
     np.testing.assert_allclose(taken, np.array([[1], [0.75], [0.5], [0.25]]) * rates)
     sizes = [sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups]
-    parts = [sum(p.numel() for p in part.parameters()) for part in (trainer.policy, trainer.critic)]
+    parts = [sum(p.numel() for p in part.parameters()) for part in (trainer.agent.policy, trainer.agent.critic)]
     assert sizes == (parts if critics_own else [sum(parts)])
-
-
-def test_adaptive_rate_holds_the_kl_of_the_last_epoch_between_its_target_and_half_of_it(monkeypatch, tmp_path):
-    kls, taken, given = iter([0.5, 0.03, 0.015, 0.005, 9]), [], dict(adaptive_lr=True, target_kl=0.02)
-    trainer = ncdpo.Trainer(config(learning_rate=3e-4, critic_warmup=1, critic_learning_rate=1e-3, **given))
-    monkeypatch.setattr(ncdpo, "ppo_update", lambda *_: {"last_kl": next(kls)})
-    for _ in range(4):
-        trainer.iterate()
-        taken.append([group["lr"] for group in trainer.optimizer.param_groups] + [trainer.rate])
-    np.testing.assert_allclose(taken, [[0, 1e-3, 3e-4], [3e-4, 7.5e-4, 2e-4], [2e-4, 5e-4, 2e-4], [2e-4, 2.5e-4, 3e-4]])
-    trainer.save(tmp_path)
-    assert checkpoint_of(tmp_path)["rate"] == trainer.rate
-    for start, bound in ((1e-5, 1e-5), (9e-3, 1e-2)):
-        kls, trainer.rate = iter([9.0 if start < 1e-3 else 0.0]), start
-        trainer.iterate()
-        assert trainer.rate == bound
 
 
 @pytest.mark.parametrize("algo, discrete", [("ncdpo", False), ("dppo", False), ("ncdpo", True)])
@@ -1073,9 +739,9 @@ def test_mean_log_prob_divides_a_box_actions_log_ratio_by_its_coordinates(algo, 
     for mean, shift in ((True, d), (False, d if discrete else d / 6)):
         torch.manual_seed(1)
         trainer = ncdpo.Trainer(config(env="Tiny-v0" if discrete else "TinyBox-v0", algo=algo, action_chunk=chunk,
-                                       mean_log_prob=mean, vf_coef=0.0))
+                                       mean_log_prob=mean))
         obs = torch.randn(64, 6)
-        action, log_prob, latent = trainer.policy.sample(obs)
+        action, log_prob, latent = trainer.agent.policy.sample(obs)
         old = log_prob.detach() - shift * torch.linspace(-1, 1, 64).view(-1, *[1] * (log_prob.dim() - 1))
         losses.append(trainer.loss(obs=obs, action=action, latent=latent, log_prob=old, advantage=torch.randn(64),
                                    target=torch.zeros(64))[1])
@@ -1083,88 +749,62 @@ def test_mean_log_prob_divides_a_box_actions_log_ratio_by_its_coordinates(algo, 
     assert one == pytest.approx(other, rel=1e-3, abs=1e-6) and losses[0]["approx_kl"] > 1e-5
 
 
-def test_chain_gradient_measures_the_gradient_at_each_denoising_step(float64):  # E13
+def test_a_constant_observation_is_0_to_the_network_and_a_large_one_that_hardly_varies_keeps_its_digits(monkeypatch):
+    observe = lambda self, action: np.array([293.15, 12345.678, 12345.678 + 1e-6 * self.t, 0, 0, 0])
+    monkeypatch.setattr(Tiny, "observe", observe)
+    trainer, seen = ncdpo.Trainer(config(env="Tiny-v0")), []
+    trainer.iterate()  # four episodes of steps 0 to 7
+    trainer.agent.policy.denoiser.register_forward_pre_hook(lambda net, given: seen.append(given[2]))
+    trainer.play()
+    constant, varying = torch.stack(seen[::5]).split([2, 4], -1)
+    assert constant.dtype == torch.float32 and constant.abs().max() < 1e-6
+    steps = 1e-6 * (torch.arange(32) % 8 - 3.5) / (1e-12 * 63 / 12 + 1e-8) ** 0.5  # the variance of 0 to 7 is 63 / 12
+    torch.testing.assert_close(varying[..., 0], steps[:, None].expand(32, 2), rtol=1e-4, atol=0)
+
+
+def test_E13_chain_gradient_ratio_compares_the_first_denoising_step_with_the_last(float64):
+    """dL/dx_0 in closed form, and pulled back through the steps after the first."""
     policy, B = make_policy(denoising_steps=4), 6
     obs, action, omega, advantage = torch.randn(B, 3), torch.randn(B, 2), torch.randn(B, 4, 2), torch.randn(B)
-    norms, clipped = health.chain_gradient(policy, obs, action, omega, advantage)
-    mean = policy.mean(obs, omega.requires_grad_())
-    at_x0 = (-advantage[:, None] * (action - mean) / policy.head.log_std.exp() ** 2 / B).detach()
-    at_omega, = torch.autograd.grad((mean * at_x0).sum(), omega)
-    assert len(norms) == 5 and clipped == 0
-    assert (norms[0], norms[-1]) == pytest.approx((at_omega[:, 0].norm().item(), at_x0.norm().item()))
-    policy.schedule.clip = mean.abs().median().item()
-    share = (policy.mean(obs, omega).abs() == policy.schedule.clip).double().mean().item()
-    assert health.chain_gradient(policy, obs, action, omega, advantage)[1] == pytest.approx(share) and 0 < share < 1
+    batch = dict(obs=obs, action=action, latent=omega, advantage=advantage)
+    x, noise = omega[:, 0], {4: omega[:, 1], 3: omega[:, 2], 2: omega[:, 3], 1: 0.0}
+    for k in (4, 3, 2, 1):
+        mu, sigma = reference_step(policy, "sample", 1.0, x, k, obs)
+        x = mu + sigma * noise[k]
+        if k == 4:
+            first = x = x.detach().requires_grad_()
+    at_x0 = (-advantage[:, None] * (action - x) / policy.head.log_std.exp() ** 2 / B).detach()
+    at_first, = torch.autograd.grad((x * at_x0).sum(), first)
+    ratio = ncdpo.measure_chain(policy, batch)["chain_gradient_ratio"]
+    assert ratio == pytest.approx((at_first.norm() / at_x0.norm()).item())
 
 
-def test_a_chain_is_measured_on_decisions_of_the_whole_rollout(monkeypatch):
+def test_a_chain_is_measured_on_some_128_decisions_of_the_whole_rollout(monkeypatch):
     seen = []
-    monkeypatch.setattr(health, "chain_std", lambda policy, obs: seen.append(obs[:, 0].tolist()) or 0.5)
+    monkeypatch.setattr(ncdpo, "chain_std", lambda policy, obs: seen.append(obs[:, 0].tolist()) or 0.5)
     for n in (4096, 1000, 50):
         batch = {"obs": torch.arange(3.0 * n).view(n, 3), "action": torch.randn(n, 2), "latent": torch.randn(n, 5, 2),
                  "advantage": torch.randn(n)}
-        row = health.measure(make_policy("ncdpo"), batch)
-        assert set(row) == {"sigma", "chain_std", "chain_gradient_ratio", "chain_clipped"} and row["chain_std"] == 0.5
-        assert len(seen[-1]) == min(n, 128) and seen[-1][0] == 0 and seen[-1][-1] >= 3 * (0.88 * n - 6)
-    assert set(health.measure(make_policy("dppo"), batch)) == {"sigma", "chain_std"}
-    assert set(health.measure(make_policy("ppo"), batch)) == {"sigma"}
-    assert not health.measure(make_policy("ppo", discrete=True), batch)
+        row = ncdpo.measure_chain(make_policy("ncdpo"), batch)
+        assert set(row) == {"sigma", "chain_std", "chain_gradient_ratio"} and row["chain_std"] == 0.5
+        assert min(n, 128) <= len(seen[-1]) < 256 and seen[-1][0] == 0 and seen[-1][-1] >= 3 * (n - n / 100 - 1)
+    assert set(ncdpo.measure_chain(make_policy("dppo"), batch)) == {"sigma", "chain_std"}
+    assert set(ncdpo.measure_chain(make_policy("ppo"), batch)) == {"sigma"}
+    assert not ncdpo.measure_chain(make_policy("ppo", discrete=True), batch)
 
 
 @pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
-def test_chain_std_is_the_deviation_of_the_action_over_the_chains_noise(algo):  # E17
+def test_E17_chain_std_is_the_deviation_of_the_action_over_the_chains_noise(algo):
     policy = ncdpo.make_policy(config(algo=algo, predict="epsilon"), 3, 2, False)
     obs = torch.randn(1, 3).expand(20_000, 3)
     actions = policy.sample(obs, deterministic=True)[0]
     expected, before = actions.var(0).mean().sqrt().item(), torch.get_rng_state()
     assert expected > 0.05
-    assert health.chain_std(policy, obs) == pytest.approx(expected, rel=0.03)
+    assert ncdpo.chain_std(policy, obs) == pytest.approx(expected, rel=0.03)
     assert torch.equal(torch.get_rng_state(), before)  # to measure does not change the run
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("error:going on more slowly")
-def test_compiled_loss_and_gradients_equal_the_plain_ones():
-    results = []
-    for switch in (False, True):
-        trainer = ncdpo.Trainer(config(env="Pendulum-v1", compile=switch, denoising_steps=2))
-        torch.manual_seed(1)
-        agent, obs = shaken(trainer.agent), torch.randn(64, 3)
-        with torch.no_grad():
-            action, log_prob, latent = trainer.policy.sample(obs)
-        rest = dict(zip(("log_prob", "advantage", "target"), torch.randn(3, 64)))
-        rest["log_prob"] = log_prob + 0.1 * rest["log_prob"]
-        loss, diagnostics = trainer.loss(obs=obs, action=action, latent=latent, **rest)
-        loss.backward()
-        results.append([action, log_prob, loss, *diagnostics.values(), *(p.grad for p in agent.parameters())])
-    for plain, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("given, compiled", [
-    (dict(), 1), (dict(denoising_steps=10), 1), (dict(denoising_steps=11), 0), (dict(algo="ppo"), 1),
-    (dict(algo="dppo", denoising_steps=20), 1), (dict(algo="dppo", denoising_steps=20, scored_steps=9), 0)])
-def test_a_loop_over_a_long_chain_is_not_compiled(monkeypatch, given, compiled):
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda function, **_: calls.append(function) or function)
-    ncdpo.Trainer(config(compile=True, **given))
-    assert len(calls) == compiled
-
-
-def test_training_goes_on_with_one_warning_where_torch_compile_fails(monkeypatch):
-    def broken(function, **_):
-        def call(*_, **__):
-            raise torch._dynamo.exc.TorchDynamoException("no compiler")
-        return call
-
-    plain = ncdpo.Trainer(config()).iterate()
-    monkeypatch.setattr(torch, "compile", broken)
-    with pytest.warns(UserWarning, match="without torch.compile") as caught:
-        assert ncdpo.Trainer(config(compile=True)).iterate()["policy_loss"] == plain["policy_loss"]
-    assert len(caught) == 1
-
-
-# --- 7  nobody waits for the device ----------------------------------------------------------------------------------
+# --- nobody waits for the device -------------------------------------------------------------------------------------
 
 class NoCopies(TorchDispatchMode):
     """Refuses what makes the host wait for a GPU; counts the operations that launch a kernel."""
@@ -1202,20 +842,17 @@ class NoReads(TorchFunctionMode):
 
 def resident(env="Hopper-v4", **given):
     """A trainer whose simulator lives where its tensors do, after its first update."""
-    trainer = ncdpo.Trainer(config(**{**dict(env=env, vector="warp", num_envs=8, num_steps=16, total_timesteps=1280),
-                                      **given}))
+    small = dict(env=env, vector="warp", num_envs=8, num_steps=16, total_timesteps=4096)
+    trainer = ncdpo.Trainer(config(**small | given))
     trainer.iterate()
     return trainer
 
 
 def rollout_and_update(trainer):
     """A rollout; then one update, its batch made outside of what is looked at."""
-    trainer.obs = trainer.rollout.collect(trainer.env, trainer.policy, trainer.act, trainer.obs)
-    yield
-    batch, _ = trainer.judge()
-    yield
-    ncdpo.ppo_update(trainer.loss, batch, trainer.optimizer, epochs=2, minibatch_size=32)
-    yield
+    yield (rollout := trainer.play())
+    yield (batch := trainer.make_batch(rollout)[0])
+    yield ncdpo.ppo_update(trainer.loss, batch, trainer.optimizer, epochs=2, minibatch_size=32)
 
 
 def test_the_modes_refuse_what_they_should():
@@ -1228,15 +865,15 @@ def test_the_modes_refuse_what_they_should():
 
 
 @warp
-@pytest.mark.parametrize("algo", ["ncdpo", "ppo", "dppo"])
-@pytest.mark.parametrize("env, chunk", [("Hopper-v4", 1), ("Hopper-v4", 3), ("Ant-v4", 1)])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("env, chunk", [("Hopper-v4", 1), ("Hopper-v4", 3), ("HalfCheetah-v4", 1)])
 def test_a_rollout_and_the_epochs_of_an_update_never_read_the_device(algo, env, chunk):
     trainer = resident(env, algo=algo, action_chunk=chunk)
-    trainer.env.envs.task.limit = 10
+    trainer.env.envs.limit = 10
     moves = rollout_and_update(trainer)
     with NoCopies() as rollout, NoReads():
-        next(moves)
-    assert trainer.rollout.ended.any()  # also where episodes end
+        played = next(moves)
+    assert played["ended"].any()  # also where episodes end
     next(moves)
     with NoCopies(), NoReads(but=["tolist"]) as reads:
         next(moves)
@@ -1245,10 +882,10 @@ def test_a_rollout_and_the_epochs_of_an_update_never_read_the_device(algo, env, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("algo, compile", [("ncdpo", False), ("ncdpo", True), ("ppo", False), ("dppo", False)])
-def test_nothing_waits_for_the_gpu_in_a_rollout_and_the_epochs_of_an_update(algo, compile):
-    trainer = resident(algo=algo, compile=compile, device="cuda", num_envs=64, minibatch_size=256)
-    assert trainer.env.vector == "warp" and trainer.env.home.type == "cuda"
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_nothing_waits_for_the_gpu_in_a_rollout_and_the_epochs_of_an_update(algo):
+    trainer = resident(algo=algo, device="cuda", num_envs=64, minibatch_size=256)
+    assert (trainer.env.envs.kind, trainer.env.envs.device.type) == ("warp", "cuda")
     moves = rollout_and_update(trainer)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -1266,12 +903,1464 @@ def test_nothing_waits_for_the_gpu_in_a_rollout_and_the_epochs_of_an_update(algo
 @warp
 def test_training_with_warp_learns_and_writes_what_any_run_does(tmp_path):
     history = ncdpo.train(config(env="Hopper-v4", vector="warp", num_envs=8, num_steps=16, runs=str(tmp_path),
-                                 total_timesteps=8 * 16 * 30, learning_rate=3e-3, update_epochs=6))
+                                 total_timesteps=8 * 16 * 50, learning_rate=3e-3, update_epochs=6,
+                                 minibatch_size=64))
     assert np.nanmean(history["return"][-5:]) > 1.5 * np.nanmean(history["return"][:5])
-    assert (history["seconds_rollout"] > 0).all()
+    assert list(history) == ncdpo.COLUMNS and (np.diff(history["seconds"]) > 0).all()
 
 
-# --- 8  demonstrations -----------------------------------------------------------------------------------------------
+# ===== environments ===================================================================================================
+
+# --- Gymnasium's tasks -----------------------------------------------------------------------------------------------
+
+def play(env_id, vector, seed=3, num_envs=3, steps=210, chunk=1):
+    """Random actions, many of them out of bounds: a dictionary of arrays for each step, and the seeds used."""
+    env, seeds = VectorEnv(env_id, num_envs, CPU, vector, chunk), []
+    reset, rng = env.envs.reset, torch.Generator().manual_seed(seed)
+    env.envs.reset = lambda new: seeds.extend(new) or reset(new)
+    obs, rows = env.reset(seed), []
+    for _ in range(steps):
+        if env.discrete:
+            action = torch.randint(env.act_dim, (num_envs,), generator=rng)
+        else:
+            action = 1.5 * torch.randn(num_envs, env.act_dim, generator=rng)
+        next_obs, reward, terminated, truncated, final_obs = env.step(action)
+        row = dict(obs=obs, action=action, reward=reward, terminated=terminated, truncated=truncated,
+                   final_obs=final_obs, next_obs=next_obs)
+        rows.append({name: tensor.numpy() for name, tensor in row.items()})
+        obs = next_obs
+    env.close()
+    return rows, seeds
+
+
+@pytest.mark.parametrize("env_id, vector, chunk", [
+    ("CartPole-v1", "auto", 1), ("Pendulum-v1", "auto", 1), ("Tiny-v0", "sync", 1), ("TinyBox-v0", "sync", 1),
+    ("TinyBox-v0", "sync", 3), ("TinyEnds-v0", "sync", 3), ("Hopper-v4", "sync", 3)])
+def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
+    """Also where the actions of a chunk are played one after another, until its episode ends."""
+    rows, seeds = play(env_id, vector, chunk=chunk, steps=210 if chunk == 1 else 80)
+    ends, cut_short = 0, False
+    for i, seed in enumerate(seeds):
+        alone = make_env(env_id)
+        obs, space = alone.reset(seed=seed)[0], alone.action_space
+        for row in rows:
+            np.testing.assert_allclose(row["obs"][i], obs.ravel(), rtol=1e-5, atol=1e-5)
+            rewards = []
+            for part in np.split(np.atleast_1d(row["action"][i]), chunk):
+                if isinstance(space, gym.spaces.Discrete):
+                    action = part[0] + space.start
+                else:
+                    action = np.float32(space.low + (np.float64(part).clip(-1, 1) + 1) / 2 * (space.high - space.low))
+                obs, reward, *ended, _ = alone.step(action)
+                rewards.append(reward)
+                if any(ended):
+                    break
+            cut_short |= len(rewards) < chunk
+            np.testing.assert_allclose(row["final_obs"][i], obs.ravel(), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(row["reward"][i], rewards + [np.nan] * (chunk - len(rewards)), rtol=1e-5)
+            assert [row["terminated"][i], row["truncated"][i]] == ended
+            assert np.array_equal(row["final_obs"][i], row["next_obs"][i]) != any(ended)
+            if any(ended):
+                ends += 1
+                obs = alone.reset()[0]
+    assert ends >= len(seeds) and len(set(seeds)) == len(seeds) and cut_short == (chunk > 1)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v4"])
+def test_seed_decides_where_episodes_start(env_id):
+    one, again, other = (play(env_id, "auto", seed, steps=1)[0][0]["obs"] for seed in (3, 3, 4))
+    assert np.array_equal(one, again) and not np.isin(one, other).any()
+
+
+def test_with_repeat_each_part_of_the_environments_starts_as_the_first_does():
+    obs = VectorEnv("Tiny-v0", 6, CPU).reset(1, repeat=3).view(3, 2, 6)
+    assert torch.equal(obs[0], obs[1]) and torch.equal(obs[0], obs[2]) and obs[0, 0, 0] != obs[0, 1, 0]
+
+
+@pytest.fixture
+def own():
+    """Registers a task for one test, and gives its name."""
+    names = []
+
+    def register(entry_point, steps=8, wrappers=(), **arguments):
+        names.append(f"Own{len(names)}-v0")
+        gym.register(names[-1], entry_point, max_episode_steps=steps, additional_wrappers=wrappers, kwargs=arguments)
+        return names[-1]
+
+    yield register
+    for name in names:
+        gym.registry.pop(name)
+
+
+@pytest.fixture
+def arrived(own):
+    """What a task with this action space is given for the actions (T, H * A) that VectorEnv is given."""
+    def play(space, actions, chunk=1):
+        seen = []
+
+        class Notes(Tiny):
+            def step(self, action):
+                seen.append(action)
+                return super().step(action)  # asserts that the space contains the action
+
+        env = VectorEnv(own(Notes, action_space=space), 1, CPU, chunk=chunk)
+        env.reset(1)
+        for action in actions:
+            env.step(torch.as_tensor(action, dtype=torch.float32)[None])
+        assert all(action.dtype == space.dtype and space.contains(action) for action in seen)
+        return np.array(seen)
+
+    return play
+
+
+@pytest.mark.parametrize("low, high, dtype", [(-100, 100, np.int8), (10, 255, np.uint8), (-3e38, 3e38, np.float32)])
+def test_lowest_middle_and_highest_action_of_wide_boxes_arrive(arrived, low, high, dtype):
+    actions = arrived(gym.spaces.Box(low, high, (1,), dtype), [[-1], [0], [1]]).ravel()
+    assert actions[0] == dtype(low) and actions[2] == dtype(high)
+    assert abs(float(actions[1]) - (low + high) / 2) <= 0.5
+
+
+def test_a_box_of_integers_gets_the_nearest_one(arrived):
+    given = np.linspace(-1, 1, 41)[:, None]
+    actions = arrived(gym.spaces.Box(-3, 5, (1,), np.int16), given)
+    assert len(np.unique(actions)) == 9 and np.abs(actions - (1 + 4 * given)).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_rounding_leads_out_of_a_box(arrived, dtype):
+    rng = np.random.default_rng(0)
+    low = np.round([-2.3, *rng.uniform(-5, 5, 300)], 2)
+    high = np.round([-0.13, *low[1:] + rng.uniform(0.01, 5, 300)], 2)
+    given = np.array([-1.5, -1, *rng.uniform(-1, 1, 30), 1, 1.5])[:, None] * np.ones(301)
+    actions = arrived(gym.spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype), given)  # which checks it
+    np.testing.assert_allclose(actions, low + (given.clip(-1, 1) + 1) / 2 * (high - low), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_coordinate_without_room_gets_its_only_value(arrived, chunk):
+    space = gym.spaces.Box(np.array([0.1, -1, 2], np.float32), np.array([0.1, 3, 2], np.float32))
+    actions = arrived(space, np.tile([[-1, 0.5, 0.3], [1, -2, 2]], chunk), chunk)
+    assert np.array_equal(actions, np.repeat(np.array([[0.1, 2, 2], [0.1, -1, 2]], np.float32), chunk, 0))
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_task_that_writes_its_observation_in_place_is_seen_as_it_was(own, rows, chunk):
+    class InPlace(Tiny):
+        def observe(self, action):
+            if self.played == 0:
+                self.memory = np.zeros((rows, 3))[-2:]  # all of an array, or a part
+            self.memory[:] = super().observe(action)
+            return self.memory
+
+    env = VectorEnv(own(InPlace, steps=4, action_space=BOX), 2, CPU, chunk=chunk)
+    first, actions = env.reset(1), torch.linspace(-1, 1, 8 // chunk)
+    seen, start = [env.step(torch.full((2, 2 * chunk), a)) for a in actions], first[:, 0]
+    for t, (a, (obs, _, _, truncated, final_obs)) in enumerate(zip(actions, seen)):  # only now: nothing is overwritten
+        age = (t * chunk) % 4 + chunk
+        expected = torch.stack([start, torch.full((2,), age), (7 + 6 * a).expand(2)], 1)  # of BOX the middle is (1, 6)
+        torch.testing.assert_close(final_obs[:, :3], expected.double(), rtol=1e-6, atol=1e-6)
+        assert (truncated == (age == 4)).all() and ((obs != final_obs).any(1) == truncated).all()
+        assert (obs[:, 1] == age % 4).all()
+        start = obs[:, 0]
+
+
+INFOS = {"a key final_obs": lambda env: {"final_obs": env.t, "final_info": None, "_x": 3},
+         "lengths": lambda env: {"x": np.zeros(1 + int(10 * env.start))},
+         "types": lambda env: {"x": "text" if env.start < 0.5 else 3.0, str(env.start): None}}
+
+
+@pytest.mark.parametrize("info", INFOS)
+def test_infos_may_hold_anything(own, info):
+    class Told(Tiny):
+        def reset(self, **given):
+            return super().reset(**given)[0], INFOS[info](self)
+
+        def step(self, action):
+            return *super().step(action)[:4], INFOS[info](self)
+
+    told, plain = (play(name, "auto", steps=20)[0] for name in (own(Told), "Tiny-v0"))
+    for one, other in zip(told, plain):
+        assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("as_task_gives", [list, np.float64], ids=["list", "float64"])
+def test_observations_may_be_lists_and_keep_the_digits_of_float64(own, as_task_gives):
+    class Precise(Tiny):
+        def observe(self, action):
+            return as_task_gives([12345.678901234, self.t + 1e-9])
+
+    space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    env = VectorEnv(own(Precise, steps=2, observation_space=space), 3, CPU)
+    exact = lambda t: torch.tensor([[12345.678901234, t + 1e-9]] * 3, dtype=torch.float64)
+    assert torch.equal(env.reset(1), exact(0))
+    for now, then in ((1, 1), (0, 2)):
+        obs, *_, final_obs = env.step(torch.zeros(3, dtype=torch.long))
+        assert torch.equal(obs, exact(now)) and torch.equal(final_obs, exact(then))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("chunk, when", [(1, 1), (3, 1), (3, 3)])
+def test_a_reward_that_is_not_finite_is_told_with_the_name_of_the_task(own, chunk, when, value):
+    class Odd(Tiny):
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            return obs, value if self.t == when else reward, *rest
+
+    name = own(Odd, action_space=BOX)
+    env = VectorEnv(name, 2, CPU, chunk=chunk)
+    env.reset(1)
+    with pytest.raises(UserError, match=f"{name} gave the reward {value}"):
+        env.step(torch.zeros(2, 2 * chunk))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_reward_may_be_an_array_of_one_number(own, chunk):
+    class Odd(Tiny):
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            return obs, np.array([reward]), *rest
+
+    odd, plain = (play(name, "auto", steps=9, chunk=chunk)[0] for name in (own(Odd, action_space=BOX), "TinyBox-v0"))
+    for one, other in zip(odd, plain):
+        np.testing.assert_array_equal(one["reward"], other["reward"])
+
+
+@pytest.mark.parametrize("error", [IndexError, ValueError, AssertionError])
+@pytest.mark.parametrize("method", ["__init__", "reset", "step"])
+def test_an_error_in_ones_own_task_stays_what_it_is(own, method, error):
+    def broken(*given, **more):
+        raise error("mine")
+
+    with pytest.raises(error, match="^mine$"):
+        env = VectorEnv(own(type("Broken", (Tiny,), {method: broken})), 1, CPU)
+        env.reset(1)
+        env.step(torch.tensor([0]))
+
+
+class Worlds:
+    """Worlds of three agents, each of which ends every fourth step, well for the first agent alone."""
+
+    kind, device, policy_dim = "worlds", CPU, 2
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (4,)), gym.spaces.Discrete(2)
+
+    def __init__(self, name, num_envs, device):
+        if name == "unknown":
+            raise ValueError("no such game")
+        if name == "uninstalled":
+            raise ImportError("pip install it")
+        self.success, self.t = torch.zeros(3 * num_envs), 0
+
+    def reset(self, seeds):
+        assert len(seeds) == len(self.success)
+        return torch.randn(len(self.success), 4)
+
+    def step(self, action):
+        self.t += 1
+        ended = torch.full_like(action, self.t % 4 == 0, dtype=torch.bool)
+        self.success = ended * torch.tensor([1.0, 0, 0]).repeat(len(action) // 3)
+        obs = torch.randn(len(action), 4)
+        return obs, torch.ones(len(action), 1), ended, torch.zeros_like(ended), obs
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def worlds(monkeypatch):
+    monkeypatch.setitem(sys.modules, "worlds", types.SimpleNamespace(make_vec=Worlds))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_simulator_of_ones_own_tells_success_and_what_the_policy_sees(worlds, algo):
+    trainer = ncdpo.Trainer(config(env="worlds:some?agents=3", algo=algo, total_timesteps=4 * 6 * 32))
+    assert trainer.env.spaces == [4, 2, True, 2] and trainer.env.num_envs == 6 and trainer.env.envs.kind == "worlds"
+    row = trainer.iterate()
+    assert (row["episodes"], row["length"], row["return"]) == (6 * 32 / 4, 4, 4)
+    assert row["success"] == pytest.approx(1 / 3)
+    obs, (omega, noise) = torch.randn(5, 4), trainer.agent.policy.draw_noise(5)
+    other = torch.cat([obs[:, :2], torch.randn(5, 2)], 1)
+    log_probs = [trainer.agent.act(o, omega, noise)[1] for o in (obs, other)]
+    assert torch.equal(*log_probs)  # the policy sees two numbers, the critic all
+    assert not torch.isclose(*(trainer.agent.critic(trainer.agent.obs_norm(o)) for o in (obs, other))).any()
+
+
+@pytest.mark.parametrize("env_id, words", [
+    ("worlds:unknown", "cannot make worlds:unknown: no such game"), ("worlds:uninstalled", "pip install it"),
+    ("nowhere:Thing-v0", "nowhere"), ("worlds:some", "--action-chunk 1")])
+def test_what_ones_own_module_cannot_make_is_told(worlds, env_id, words):
+    with pytest.raises(UserError, match=words):
+        VectorEnv(env_id, 2, CPU, chunk=2)
+
+
+def test_a_task_of_ones_own_module_is_made_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text("import gymnasium as gym\n"
+                                           "gym.register('MyTask-v0', 'gymnasium.envs.classic_control:CartPoleEnv')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert make_env("my_module:MyTask-v0").reset()[0].shape == (4,)  # as film.py makes it, before any import of it
+    env = VectorEnv("my_module:MyTask-v0", 2, CPU)
+    assert env.reset(1).shape == (2, 4)
+    gym.registry.pop("MyTask-v0")
+
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, IndexError])
+@pytest.mark.parametrize("suite", ["gymnasium_robotics.envs.fetch", "metaworld.env"])
+def test_a_suite_that_fails_under_a_new_mujoco_is_told_to_want_an_old_one(own, monkeypatch, suite, error):
+    def broken():
+        raise error("no mj_full_m")
+
+    monkeypatch.setitem(sys.modules, suite, types.SimpleNamespace(Env=broken))
+    told = IndexError if error is IndexError else UserError
+    with pytest.raises(told, match="no mj_full_m" if error is IndexError else r"no mj_full_m.*mujoco<4"):
+        VectorEnv(own(f"{suite}:Env"), 1, CPU)
+
+
+# --- MuJoCo in batches, against Gymnasium -- --------------------------------------------------------------------------
+
+batched = pytest.mark.skipif(not importlib.util.find_spec("mujoco.batch"), reason="a MuJoCo before 3.17 has no batches")
+MUJOCO = [f"{family}-{version}" for family in ("HalfCheetah", "Hopper", "Walker2d") for version in ("v4", "v5")]
+MODELS = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v4", "Walker2d-v5"]  # the others have the same ones
+SHOWN = dict(exclude_current_positions_from_observation=False)
+CHANGED = [
+    ("HalfCheetah-v4", dict(ctrl_cost_weight=0.3, forward_reward_weight=0.7, reset_noise_scale=0.2, **SHOWN)),
+    ("Hopper-v4", dict(terminate_when_unhealthy=False, healthy_reward=0.3, **SHOWN)),
+    ("Hopper-v5", dict(terminate_when_unhealthy=False, healthy_reward=0.3, frame_skip=2, healthy_state_range=(-3, 3))),
+    ("Hopper-v5", dict(healthy_state_range=(-2, 2))), ("Hopper-v4", dict(healthy_angle_range=(-9, 9))),
+    ("Walker2d-v5", dict(healthy_z_range=(1.1, 1.3), healthy_angle_range=(-9, 9), xml_file="walker2d.xml")),
+    ("Walker2d-v4", dict(healthy_angle_range=(-0.1, 0.1), healthy_z_range=(-9, 9))),
+]
+
+
+def follow(env, batch, i):
+    """Put a single environment at its start into the state of the batch's i-th; returns its observation."""
+    env.reset()
+    env.unwrapped.set_state(batch.pool.qpos[i].numpy(), batch.pool.qvel[i].numpy())
+    return env.unwrapped._get_obs()
+
+
+def both(env_id, num_envs=3, chunk=1, **changed):
+    """The batch and as many single environments, in the same start states; and a source of actions."""
+    batch = ncdpo.batched_envs(make_env(env_id, **changed), num_envs, chunk, CPU, "auto")
+    singles = [make_env(env_id, **changed) for _ in range(num_envs)]
+    batch.reset([1])
+    for i, env in enumerate(singles):
+        follow(env, batch, i)
+    space, rng = singles[0].action_space, np.random.default_rng(1)
+    return batch, singles, lambda: rng.uniform(space.low, space.high, (num_envs, chunk, len(space.low)))
+
+
+@batched
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Hopper-v5", "Walker2d-v4"])
+def test_batched_episodes_start_as_gymnasiums_do(env_id):
+    env, batch = make_env(env_id), VectorEnv(env_id, 2000, CPU).reset(1).numpy()
+    single = np.array([env.reset(seed=seed)[0] for seed in range(2000)])
+    spread = single.std(0)
+    assert np.abs(batch.mean(0) - single.mean(0)).max() < 5 * (2 / 2000) ** 0.5 * spread.max()
+    assert np.abs(batch.std(0) - spread).max() < 5 * (2 / 2000) ** 0.5 * spread.max()
+    assert len(np.unique(batch[:, 0])) > 1900
+    uniform = (single.max(0) - single.min(0)) < 4 * spread  # its range is 3.5 deviations; a normal one's is about 7
+    assert np.abs(batch.max(0) - single.max(0))[uniform].max() < 0.05 * spread.max()
+
+
+@batched
+@pytest.mark.parametrize("env_id, changed", [(env_id, {}) for env_id in MUJOCO] + CHANGED, ids=str)
+def test_every_batched_step_is_the_one_of_gymnasium(env_id, changed):
+    batch, singles, draw = both(env_id, max_episode_steps=70, **changed)
+    ended = False
+    for _ in range(150):  # free-running: no error may add up, not even through ends and restarts
+        for i, data in enumerate(env.unwrapped.data for env in singles):
+            assert np.array_equal(batch.pool.qpos[i], data.qpos) and np.array_equal(batch.pool.qvel[i], data.qvel)
+        action = draw()
+        obs, reward, terminated, truncated, final_obs = batch.step(torch.from_numpy(action[:, 0]))
+        for i, env in enumerate(singles):
+            now, r, *ends, _ = env.step(action[i, 0])
+            assert ends == [terminated[i], truncated[i]]
+            assert float(reward[i, 0]) == pytest.approx(r, rel=1e-12, abs=1e-12)
+            assert np.array_equal(final_obs[i], now)
+            ended |= any(ends)
+            now = follow(env, batch, i) if any(ends) else now
+            assert np.array_equal(obs[i], now)
+    assert ended  # the comparison has gone through restarts
+
+
+@batched
+def test_time_limit_and_fall_in_one_step_set_both_flags():
+    _, (env,), draw = both("Hopper-v5", 1)
+    actions = [draw()[:, 0] for _ in range(200)]
+    fall = 1 + next(i for i, action in enumerate(actions) if env.step(action[0])[2])
+    chunk = torch.from_numpy(np.concatenate(actions[:fall], 1))
+    for limit in (fall, fall - 1):  # and a fall that the episode did not live to see sets none
+        batch, (env,), _ = both("Hopper-v5", 1, chunk=fall, max_episode_steps=limit)
+        _, reward, terminated, truncated, final_obs = batch.step(chunk)
+        for action in actions[:limit]:
+            obs, _, *ends, _ = env.step(action[0])
+        assert ends == [terminated[0], truncated[0]] == [limit == fall, True]
+        assert np.array_equal(final_obs[0], obs) and reward.isfinite().sum() == limit
+
+
+@batched
+def test_a_state_that_mujoco_itself_resets_goes_on_as_in_gymnasium_and_does_not_poison_the_others():
+    batch, singles, draw = both("HalfCheetah-v5", chunk=2)
+    batch.pool.qvel[1] = singles[1].unwrapped.data.qvel[:] = 1e11
+    for _ in range(3):
+        action = draw()
+        obs, reward, terminated, truncated, _ = batch.step(torch.from_numpy(action.reshape(3, -1)))
+        assert not (terminated | truncated).any() and reward.isfinite().all()
+        for i, env in enumerate(singles):
+            assert np.array_equal(obs[i], [env.step(a)[0] for a in action[i]][-1])
+
+
+@batched
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 2e10])
+@pytest.mark.parametrize("what", ["qpos", "qvel"])
+def test_a_bad_state_at_the_end_of_a_step_terminates_the_episode(what, value):
+    batch, _, draw = both("Hopper-v5")
+    step = batch.pool.step
+    batch.pool.step = lambda ctrl: (step(ctrl), getattr(batch.pool, what)[1].fill_(value))
+    obs, reward, terminated, _, final_obs = batch.step(torch.from_numpy(draw()[:, 0]))
+    assert terminated.tolist() == [False, True, False] and reward[1] == 0 and not final_obs[1].any()
+    assert obs.abs().max() < 10 and reward.isfinite().all()
+
+
+@batched
+def test_only_tasks_whose_formulas_are_known_are_batched(own):
+    from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+
+    class Mine(HopperEnv):
+        __module__ = "mine.gymnasium.envs.mujoco.hopper_v5"
+
+    kind = lambda name, vector="auto": VectorEnv(name, 1, CPU, vector).envs.kind
+    assert {kind(name) for name in [*MUJOCO, own(HopperEnv)]} == {"batched"} and kind("Hopper-v5", "sync") == "sync"
+    clipped = lambda **given: gym.wrappers.ClipReward(HopperEnv(**given), -1, 1)
+    wrappers = (gym.wrappers.ClipReward.wrapper_spec(min_reward=-1, max_reward=1),)
+    others = [own(Mine), own(clipped), own(HopperEnv, wrappers=wrappers)]
+    others += ["Ant-v4", "Ant-v5", "Swimmer-v4", "Humanoid-v5", "Reacher-v4", "CartPole-v1"]
+    assert {kind(name) for name in others} == {"sync"}
+    for name in others:
+        with pytest.raises(UserError, match="^--vector warp has HalfCheetah, Hopper and Walker2d"):
+            kind(name, "warp")
+
+
+@batched
+def test_a_batched_episode_lasts_as_long_as_it_was_registered_to(own):
+    from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+    within = lambda **given: gym.wrappers.TimeLimit(HopperEnv(**given), 50)
+    for name, limit in (("Hopper-v5", 1000), (own(HopperEnv, 30), 30), (own(HopperEnv, None), math.inf),
+                        (own(within, None), 50), (own(within, 100), 50), (own(within, 30), 30)):
+        assert VectorEnv(name, 1, CPU).envs.limit == limit
+
+
+@batched
+def test_a_gpu_without_warp_and_a_mujoco_without_batches_serve_the_same_tasks(monkeypatch):
+    served = lambda device: ncdpo.batched_envs(make_env("Hopper-v5"), 2, 1, torch.device(device), "auto")
+    missing, find_spec, chosen = {"mujoco_warp"}, importlib.util.find_spec, []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else find_spec(name))
+    assert served("cuda").kind == "batched"
+    missing.add("mujoco.batch")
+    assert served("cuda") is served("cpu") is None and VectorEnv("Hopper-v5", 1, CPU).envs.kind == "sync"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "mujoco_warp")
+    monkeypatch.setattr(ncdpo, "WarpPool", lambda *given: chosen.append(given[-1].type) or ncdpo.ThreadPool(*given[:3]))
+    assert served("cuda") and served("cpu") is None and chosen == ["cuda"]
+
+
+# --- MuJoCo Warp, against MuJoCo -- ----------------------------------------------------------------------------------
+
+def pools(env_id, num_envs=16):
+    """The task's object, both simulators in the same states near a start, and a source of actions."""
+    env = make_env(env_id).unwrapped
+    given = env.model, num_envs, env.frame_skip
+    slow, fast, rng = ncdpo.ThreadPool(*given), ncdpo.WarpPool(*given, CPU), np.random.default_rng(3)
+    qpos = torch.from_numpy(env.init_qpos + rng.uniform(-0.1, 0.1, slow.qpos.shape)).float()
+    qvel = torch.from_numpy(rng.uniform(-0.5, 0.5, slow.qvel.shape)).float()
+    everywhere = torch.ones(num_envs, dtype=torch.bool)
+    slow.restart(everywhere, lambda: (qpos.double(), qvel.double()))
+    fast.restart(everywhere, lambda: (qpos, qvel))
+    space = env.action_space
+    return env, slow, fast, lambda: torch.from_numpy(rng.uniform(space.low, space.high, slow.ctrl.shape)).float()
+
+
+def distance(slow, fast, *names):
+    """Largest difference in each environment."""
+    difference = [(getattr(slow, name) - getattr(fast, name)).abs().amax(1) for name in names]
+    return torch.stack(difference).amax(0)
+
+
+@warp
+@batched
+@pytest.mark.parametrize("env_id", MODELS)
+def test_warp_moves_as_mujoco_does(env_id):
+    _, slow, fast, draw = pools(env_id)
+    for step in range(50):
+        action = draw()
+        slow.step(action.double())
+        fast.step(action)
+        qpos, qvel = (distance(slow, fast, name) for name in ("qpos", "qvel"))
+        if step == 0:
+            assert qpos.max() < 1e-6 and qvel.max() < 1e-4
+        if step == 19:
+            assert qpos.median() < 1e-4 and qvel.median() < 2e-3
+    if "HalfCheetah" not in env_id:  # which is chaotic
+        assert qpos.median() < 3e-4 and qvel.median() < 3e-3
+    assert not fast.arrays[1].overflow.numpy().any() and slow.qvel.abs().max() > 0.1
+
+
+@warp
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v5"])
+def test_rewards_and_ends_on_warps_states_are_those_of_the_formulas(env_id):
+    envs = VectorEnv(env_id, 32, CPU, "warp").envs
+    envs.reset([5])
+    outcome, seen, ends = envs.outcome, [], 0
+
+    def noted(x_before, action):
+        there = types.SimpleNamespace(kind=None, qpos=envs.pool.qpos.double(), qvel=envs.pool.qvel.double())
+        exact = ncdpo.MujocoEnvs(envs.env, math.inf, 1, there)
+        seen.append((*exact.outcome(x_before.double(), action.double()), exact.observe(), there.qpos[:, 0]))
+        return outcome(x_before, action)
+
+    envs.outcome = noted
+    for step in range(60):
+        action = torch.from_numpy(envs.action_space.high * np.random.default_rng(step).uniform(-1, 1, (32, 1)))
+        age = envs.age.clone()
+        obs, reward, terminated, truncated, final_obs = envs.step(action.float().expand_as(envs.pool.ctrl))
+        expected, fell, expected_obs, x = seen[-1]
+        assert torch.equal(terminated, fell) and not truncated.any()
+        scale = max(1, x.abs().max().item() / 1e-2)  # float32 positions, divided by dt
+        torch.testing.assert_close(reward[:, 0].double(), expected, rtol=1e-5, atol=3e-6 * scale)
+        torch.testing.assert_close(final_obs, expected_obs.float(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(envs.age, torch.where(terminated, 0, age + 1))
+        assert torch.equal((obs != final_obs).any(1), terminated)
+        ends += terminated.sum()
+    assert ends or "HalfCheetah" in env_id
+
+
+@warp
+@batched
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Walker2d-v5"])
+def test_a_masked_restart_leaves_the_other_environments_alone(env_id):
+    env, slow, fast, draw = pools(env_id, 6)
+    names = ["qpos", "qvel", "warmstart"]
+    for _ in range(8):  # into contact
+        fast.step(action := draw())
+    ended = torch.tensor([True, False, False, True, False, True])
+    before = [getattr(fast, name).clone() for name in names]
+    qpos, qvel = 0.01 + fast.qpos.new_tensor(env.init_qpos).expand(6, -1), torch.zeros(6, fast.qvel.shape[1])
+    fast.restart(ended, lambda: (qpos, qvel))
+    assert torch.equal(fast.qpos[ended], qpos[ended]) and torch.equal(fast.qvel[ended], qvel[ended])
+    assert not fast.warmstart[ended].any()
+    for name, old in zip(names, before):
+        assert torch.equal(getattr(fast, name)[~ended], old[~ended])
+    slow.restart(torch.ones(6, dtype=torch.bool), lambda: (qpos.double(), qvel.double()))
+    slow.step(action.double())
+    fast.step(action)
+    assert distance(slow, fast, "qpos", "qvel")[ended].max() < 1e-4
+
+
+@warp
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_warps_environments_end_and_begin_again(chunk):
+    env = VectorEnv("Hopper-v4", 8, CPU, "warp", chunk)
+    env.envs.limit = 12
+    obs, ends = env.reset(1), torch.zeros(2)
+    for step in range(40):
+        age = env.envs.age.clone()
+        obs, reward, terminated, truncated, final_obs = env.step(1.5 * torch.randn(8, 3 * chunk))
+        played = reward.isfinite().sum(1)
+        assert torch.equal(truncated, age + played == 12) and (played[~(terminated | truncated)] == chunk).all()
+        fresh = terminated | truncated
+        assert (env.envs.age[fresh] == 0).all() and (obs[fresh, 0] - 1.25).abs().max() <= 0.005 if fresh.any() else True
+        assert torch.equal(obs[~fresh], final_obs[~fresh])
+        ends += torch.tensor([terminated.sum(), truncated.sum()])
+    assert ends.min() > 0
+
+
+@warp
+def test_a_diverged_world_terminates_and_does_not_poison_the_others():
+    env = VectorEnv("HalfCheetah-v5", 3, CPU, "warp")
+    env.reset(1)
+    env.envs.pool.qpos[1] = torch.nan
+    obs, reward, terminated, _, final_obs = env.step(torch.zeros(3, 6))
+    assert terminated.tolist() == [False, True, False] and reward[1] == 0 and not final_obs[1].any()
+    for _ in range(3):
+        assert obs.isfinite().all() and reward.isfinite().all()
+        obs, reward, terminated, *_ = env.step(torch.zeros(3, 6))
+        assert not terminated.any()
+
+
+def may_touch(model, a, b):
+    """MuJoCo's rule for two geoms: one's type meets the other's affinity, and no limb touches the one it hangs on."""
+    one, other = model.geom_bodyid[[a, b]]
+    neighbours = model.body_parentid[one] == other > 0 or model.body_parentid[other] == one > 0  # 0 is the world
+    meet = model.geom_contype[[a, b]] & model.geom_conaffinity[[b, a]]
+    return meet.any() and one != other and not neighbours
+
+
+@warp
+@pytest.mark.parametrize("env_id", MODELS)
+def test_no_pose_has_more_contacts_than_warp_has_room_for(env_id):
+    """Counted, for nothing looks for lost contacts while a run plays; and seen with all limbs in the floor."""
+    model = make_env(env_id).unwrapped.model
+    fast = ncdpo.WarpPool(model, 64, 1, CPU)
+    data, floor = fast.arrays[1], 2 * (model.ngeom - 1)
+    most = 2 * sum(may_touch(model, *pair) for pair in itertools.combinations(range(model.ngeom), 2))
+    assert sorted(model.geom_type) == [0] + [3] * (model.ngeom - 1)  # a plane and capsules: two points a pair,
+    assert set(model.geom_condim) <= {1, 3} and not model.neq and not model.dof_frictionloss.any()  # of 4 rows at most
+    assert floor <= most <= data.naconmax / 64 and 4 * most + model.njnt <= data.njmax  # and each joint has one limit
+    for depth in (0, 1, 100):
+        start = torch.empty_like(fast.qpos).uniform_(-1.5, 1.5), torch.zeros_like(fast.qvel)
+        start[0][:, 1] -= depth
+        fast.restart(torch.ones(64, dtype=torch.bool), lambda: start)
+        fast.step(torch.zeros_like(fast.ctrl))
+        assert not (data.overflow.numpy() & 31).any()  # the bits above are of solvers
+    assert data.nacon.numpy() >= 64 * floor and data.nefc.numpy().min() >= 4 * floor
+
+
+def test_warp_tells_that_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco_warp", None)
+    with pytest.raises((UserError, ImportError), match="mujoco.warp"):
+        VectorEnv("Hopper-v4", 1, CPU, "warp")
+
+
+# ===== run folders ====================================================================================================
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return [{key: cell for key, cell in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def checkpoint_of(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def same(one, other):
+    """Whether two nested states are equal to the last bit, but for the time they took."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one if k != "seconds")
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of CartPole, and what its training printed."""
+    runs = tmp_path_factory.mktemp("finished")
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr(ncdpo, "print", lambda *words, **_: printed.append(" ".join(map(str, words))), raising=False)
+        ncdpo.train(config(runs=str(runs)))
+    return runs / "CartPole-v1__ncdpo__1", "\n".join(printed)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+@pytest.fixture
+def each_update(monkeypatch):
+    """A checkpoint after each update."""
+    monkeypatch.setattr(ncdpo, "CHECKPOINT_SECONDS", -1)
+
+
+def untrained(runs, **given):
+    """A run folder whose policy has only seen one update."""
+    ncdpo.train(config(runs=str(runs), num_steps=16, total_timesteps=32 * given.get("action_chunk", 1), **given))
+    return next(runs.glob("*__1"))
+
+
+def a_clone(folder, **given):
+    """A run folder that was never trained, and its trainer, whose policy does not stand still."""
+    trainer = ncdpo.Trainer(config(**given))
+    shaken(trainer.agent)
+    trainer.agent.obs_norm.update(torch.randn(9, trainer.env.obs_dim) * 3 + 1)
+    folder.mkdir()
+    ncdpo.save_config(trainer.config, folder)
+    ncdpo.save_checkpoint(trainer, folder)
+    return folder, trainer
+
+
+@pytest.mark.parametrize("algo, env", [("ncdpo", "CartPole-v1"), ("dppo", "Pendulum-v1"), ("ppo", "Hopper-v4")])
+def test_same_seed_gives_the_same_metrics_and_another_seed_gives_others(tmp_path, algo, env):
+    def metrics(seed, name):
+        ncdpo.train(config(algo=algo, env=env, seed=seed, runs=tmp_path / name, total_timesteps=128, episodes=1))
+        return rows_of(next((tmp_path / name).iterdir()))
+
+    one, again, other = metrics(1, "one"), metrics(1, "again"), metrics(2, "other")
+    assert len(one) == 2 and one == again
+    assert all(a["value_loss"] != b["value_loss"] for a, b in zip(one, other))
+
+
+def test_a_run_is_never_overwritten_and_its_name_is_that_of_a_folder(tmp_path, run):
+    before = contents(run)
+    c = config(runs=tmp_path, seed=9)
+    names = []
+    for _ in range(3):
+        names.append(ncdpo.new_run_folder(c).name)
+        (tmp_path / names[-1] / "mine").write_text(names[-1])
+    assert names == ["CartPole-v1__ncdpo__9", "CartPole-v1__ncdpo__9-2", "CartPole-v1__ncdpo__9-3"]
+    assert all((tmp_path / name / "mine").read_text() == name for name in names) and contents(run) == before
+    game = config(env="notebooks.games:football?n_blue_agents=3", runs=tmp_path, algo="ppo")
+    assert ncdpo.new_run_folder(game).name == "notebooks.games_football__ppo__1"
+
+
+def test_config_json_has_the_fields_and_the_versions(run):
+    saved = json.loads((run / "config.json").read_text())
+    versions = saved.pop("versions")
+    assert ncdpo.Config(**saved) == ncdpo.load_config(run) == config(runs=saved["runs"])
+    assert versions.pop("python") == ".".join(map(str, sys.version_info[:3]))
+    assert versions == {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+
+
+def test_checkpoint_restores_everything(run, tmp_path):
+    trainer, saved = ncdpo.Trainer(config(total_timesteps=512)), checkpoint_of(run)
+    ncdpo.save_checkpoint(trainer, tmp_path)
+    fresh = checkpoint_of(tmp_path)
+    assert not any(same(fresh[name], saved[name]) for name in ("agent", "optimizer", "random", "update"))
+    ncdpo.resume_from(trainer, run)
+    ncdpo.save_checkpoint(trainer, tmp_path)
+    assert same(checkpoint_of(tmp_path), saved) and torch.equal(torch.get_rng_state(), saved["random"])
+    assert trainer.seconds == saved["seconds"] > 0
+    assert saved["agent"]["obs_norm.count"] == saved["agent"]["reward_norm.count"] == 256
+    row = trainer.iterate()
+    assert (row["update"], row["step"]) == (5, 320) and row["learning_rate"] == pytest.approx(5e-4 * (1 - 4 / 8))
+
+
+def test_checkpoints_are_written_at_the_start_every_ten_seconds_and_at_the_end(tmp_path, monkeypatch):
+    iterate, save, saved, now = ncdpo.Trainer.iterate, ncdpo.save_checkpoint, [], [0.0]
+
+    def four_seconds(self):
+        now[0] += 4
+        return iterate(self)
+
+    monkeypatch.setattr(ncdpo.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", four_seconds)
+    monkeypatch.setattr(ncdpo, "save_checkpoint", lambda trainer, run: saved.append(trainer.done) or save(trainer, run))
+    ncdpo.train(config(runs=tmp_path, num_steps=16, total_timesteps=32 * 8))
+    assert saved == [0, 3, 6, 8]
+
+
+def test_resumed_run_equals_one_that_was_never_interrupted(tmp_path, monkeypatch):
+    """In an environment whose episodes end with each rollout and start alike, nothing may differ by a bit."""
+    c = config(env="TinyFixed-v0", total_timesteps=320, runs=tmp_path / "whole")
+    ncdpo.train(c)
+    iterate = ncdpo.Trainer.iterate
+
+    def power_cut(self):
+        if self.done == 3:
+            raise MemoryError
+        monkeypatch.setattr(ncdpo, "CHECKPOINT_SECONDS", -1 if self.done == 1 else math.inf)
+        return iterate(self)
+
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", power_cut)
+    c.runs = str(tmp_path / "cut")
+    with pytest.raises(MemoryError):
+        ncdpo.train(c)
+    monkeypatch.undo()
+    whole, cut = (tmp_path / name / "TinyFixed-v0__ncdpo__1" for name in ("whole", "cut"))
+    assert checkpoint_of(cut)["update"] == 2 and len(rows_of(cut)) == 3  # a row that no checkpoint has
+    history = ncdpo.train(c, resume=cut)
+    assert history["update"].tolist() == [1, 2, 3, 4, 5] and (np.diff(history["seconds"]) > 0).all()
+    assert rows_of(cut) == rows_of(whole) and same(checkpoint_of(cut), checkpoint_of(whole))
+
+
+def test_resumed_run_plays_new_episodes(run):
+    starts, state = [], checkpoint_of(run)
+    for update in (4, 2):  # nor does it play the same ones wherever it goes on from
+        torch.save({**state, "update": update}, run / "checkpoint.pt")
+        trainer = ncdpo.Trainer(config(total_timesteps=512))
+        starts += [trainer.obs] * (not starts)
+        ncdpo.resume_from(trainer, run)
+        starts.append(trainer.obs)
+    assert len(torch.cat(starts).unique()) == 3 * starts[0].numel()
+
+
+def test_metrics_have_a_column_for_each_thing_measured_and_an_empty_cell_is_not_a_number(run, tmp_path):
+    history = ncdpo.read_metrics(run)
+    assert list(history) == ncdpo.COLUMNS and all(len(column) == 4 for column in history.values())
+    unknown = [name for name, column in history.items() if np.isnan(column).all()]
+    assert unknown == ["success", "sigma", "chain_std"]  # CartPole knows no success, and a softmax has no sigma
+    assert history["step"].tolist() == [64, 128, 192, 256] and (np.diff(history["seconds"], prepend=0) > 0).all()
+    (tmp_path / "metrics.csv").write_text(",".join(ncdpo.COLUMNS) + "\n1,64" + "," * (len(ncdpo.COLUMNS) - 2) + "\n")
+    history = ncdpo.read_metrics(tmp_path)
+    assert history["step"] == 64 and all(np.isnan(history[name]).all() for name in ncdpo.COLUMNS[2:])
+
+
+WAYS = ["exploring", "mean action", "zero noise"]
+
+
+def test_printed_evaluation_is_that_of_a_later_one_in_python_and_on_the_command_line(finished, capsys):
+    run, printed = finished
+    later = ncdpo.describe(ncdpo.evaluate(run, 2)).splitlines()
+    assert [line.split(":")[0].strip() for line in later] == WAYS
+    assert all("return" in line and line in printed.splitlines() for line in later)
+    assert main(["--evaluate", str(run)]) == 0 and capsys.readouterr().out.splitlines() == later
+
+
+def test_evaluation_leaves_random_state_and_run_alone(run):
+    before, files = torch.get_rng_state(), contents(run)
+    np.random.seed(0)
+    numbers = np.random.get_state()[1].copy()
+    one, two = ncdpo.evaluate(run, 3), ncdpo.evaluate(run, 3)
+    assert all(np.array_equal(one[way]["return"], two[way]["return"]) for way in WAYS) and contents(run) == files
+    assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numbers)
+
+
+@pytest.mark.parametrize("algo", ["ncdpo", "ppo"])
+def test_evaluation_plays_one_whole_episode_in_each_environment(tmp_path, algo):
+    history = ncdpo.train(config(env="Tiny-v0", algo=algo, runs=tmp_path, total_timesteps=64, episodes=1))
+    assert history["length"] == 8 and history["return"] >= 8 * 5
+    result = ncdpo.evaluate(tmp_path / f"Tiny-v0__{algo}__1", 5)
+    assert (ways := list(result)) == WAYS[:2 if algo == "ppo" else 3]  # an MLP has no noise but the head's
+    for way in ways:
+        assert result[way]["length"].tolist() == [8] * 5
+        assert len(set(result[way]["return"])) == 5  # each has a start of its own, which is in its rewards
+        assert (8 * 5 <= result[way]["return"]).all() and (result[way]["return"] <= 8 * 8).all()
+
+
+def test_evaluation_counts_first_episodes_and_leaves_the_heads_noise_out_where_it_says_so(run, monkeypatch):
+    step, sample, played = VectorEnv.step, ncdpo.Categorical.sample, []
+    monkeypatch.setattr(VectorEnv, "step", lambda *given: played.append(step(*given)) or played[-1])
+    monkeypatch.setattr(ncdpo.Categorical, "sample", lambda *given: sample(*given) * given[-1].any(-1))
+    result = ncdpo.evaluate(run, 8)
+    ended = torch.stack([terminated | truncated for _, _, terminated, truncated, _ in played]).int()
+    for way, part in zip(WAYS, ended.split(8, 1), strict=True):
+        assert result[way]["length"].tolist() == result[way]["return"].tolist() == (part.argmax(0) + 1).tolist()
+        # a cart that is always pushed to the left falls within 11 steps
+        assert (result[way]["length"].max() <= 11) == (way != "exploring")
+    assert len(played) == max(result[way]["length"].max() for way in WAYS)
+
+
+def test_evaluation_of_a_task_without_an_end_stops_at_max_steps(tmp_path):
+    run = untrained(tmp_path, env="Tiny-v0")
+    result = ncdpo.evaluate(run, 2, max_steps=9, env="TinyEndless-v0")
+    assert [values["length"].tolist() for values in result.values()] == 3 * [[9, 9]]
+
+
+def test_evaluation_normalises_as_training_did_and_starts_elsewhere_in_each_way_alike(run, monkeypatch):
+    reset, step, mean, norm = VectorEnv.reset, VectorEnv.step, ncdpo.NCDPO.mean, checkpoint_of(run)["agent"]
+    starts, shown, seen = [], [], []
+    monkeypatch.setattr(VectorEnv, "reset", lambda *given, **more: starts.append(reset(*given, **more)) or starts[-1])
+    monkeypatch.setattr(VectorEnv, "step", lambda *given: (result := step(*given), shown.append(result[0]))[0])
+    monkeypatch.setattr(ncdpo.NCDPO, "mean", lambda self, obs, omega: seen.append(obs) or mean(self, obs, omega))
+    ncdpo.Trainer(config())
+    monkeypatch.delattr(ncdpo.Normalizer, "update")
+    ncdpo.evaluate(run, 2)
+    training, start = starts
+    ways = start.split(2)
+    assert len(ways) == 3 and all(torch.equal(way, ways[0]) for way in ways) and len(start.unique()) == 2 * 4
+    assert not torch.isin(training, start).any()
+    shown = ((torch.cat([start, *shown]) - norm["obs_norm.mean"]) / norm["obs_norm.var"].sqrt()).clamp(-10, 10)
+    assert torch.cdist(torch.cat(seen).double(), shown.double()).min(1).values.max() < 1e-4
+
+
+@pytest.mark.parametrize("algo, fields", [("ncdpo", {}), ("ncdpo", dict(sampling_steps=1)), ("dppo", {})], ids=str)
+def test_zero_noise_is_the_chain_run_on_no_noise_in_a_loop_over_the_task(tmp_path, monkeypatch, algo, fields):
+    """Also with a chain of fewer steps than the run's, from the same start as the other ways."""
+    run, _ = a_clone(tmp_path / "run", env="TinyBox-v0", algo=algo, action_chunk=2, denoising_steps=3)
+    reset, starts = VectorEnv.reset, []
+    monkeypatch.setattr(VectorEnv, "reset", lambda *given, **more: starts.append(reset(*given, **more)) or starts[-1])
+    result = ncdpo.evaluate(run, 3, **fields)
+    _, agent, _ = ncdpo.load_agent(run, CPU, **fields)
+    low, high, expected = np.tile(BOX.low, 2), np.tile(BOX.high, 2), []
+    assert agent.policy.K == fields.get("sampling_steps", 3)
+    for obs in starts[0][-3:]:
+        task, rewards = gym.make("TinyBox-v0"), []
+        task.reset()
+        task.unwrapped.start = obs[0].item()
+        while len(rewards) < 8:
+            with torch.no_grad():
+                mean = agent.policy.chain(agent.obs_norm(obs[None]), torch.zeros(1, agent.policy.K, 4))[-1][0]
+            chunk = low + (mean.clamp(-1, 1).numpy() + 1) / 2 * (high - low)
+            for action in chunk.reshape(2, 2):
+                obs, reward, *_ = task.step(action.astype(np.float32))
+                rewards.append(reward)
+            obs = torch.as_tensor(obs).flatten()
+        expected.append(sum(rewards))
+    np.testing.assert_allclose(result["zero noise"]["return"], expected, rtol=1e-5)
+    assert not np.isclose(result["zero noise"]["return"], result["mean action"]["return"], rtol=1e-3).any()
+    faint = ncdpo.evaluate(run, 3, noise_scale=1e-9, **fields)["mean action"]["return"]
+    assert algo == "dppo" or np.allclose(faint, expected, rtol=1e-5)  # DPPO's steps have a floor of min_std
+
+
+def test_a_run_is_evaluated_with_other_fields(tmp_path, capsys):
+    """On the command line: in another task of the same spaces, with fewer steps, with less noise."""
+    run, _ = a_clone(tmp_path / "run", env="TinyBox-v0")
+    result = ncdpo.describe(ncdpo.evaluate(run, 3, env="TinyEnds-v0", sampling_steps=2, noise_scale=0.5))
+    flags = "--env TinyEnds-v0 --sampling-steps 2 --noise-scale 0.5 --episodes 3".split()
+    assert main(["--evaluate", str(run), *flags]) == 0 and capsys.readouterr().out == result + "\n"
+    assert result.count("length 7.0") == 3  # where it was trained an episode has 8 steps
+    fields = [{}, dict(sampling_steps=2), dict(noise_scale=0.5)]
+    exploring = [ncdpo.evaluate(run, 3, **given)["exploring"]["return"].tolist() for given in fields]
+    assert all(one != other for one, other in itertools.combinations(exploring, 2))
+    assert "other observations or actions" in complaint(capsys, "--evaluate", run, "--env", "Tiny-v0")
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_ctrl_c_says_how_to_go_on_and_loses_only_the_updates_since_the_checkpoint(tmp_path, monkeypatch, capsys, after):
+    """There is a checkpoint of the start, and one of update 3."""
+    iterate = ncdpo.Trainer.iterate
+
+    def interrupted(self):
+        if self.done == after:
+            signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(ncdpo, "CHECKPOINT_SECONDS", -1 if self.done == 2 else math.inf)
+        return iterate(self)
+
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's background ignores it
+    code = main(arguments("CartPole-v1", tmp_path, "--total-timesteps", "192"))
+    signal.signal(signal.SIGINT, handler)
+    run, error, kept = tmp_path / "CartPole-v1__ncdpo__1", capsys.readouterr().err, 3 if after else 0
+    assert error.startswith("ncdpo: stopped") and f"update {kept}" in error and f"--resume {run}" in error
+    assert code == 130 and error.count("\n") == 1
+    assert checkpoint_of(run)["update"] == kept and len(rows_of(run)) == after
+    monkeypatch.undo()
+    assert main(["--resume", str(run)]) == 0
+    assert [row["update"] for row in rows_of(run)] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_one_process_at_a_time_writes_into_a_folder_but_many_may_evaluate_it(run, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    with open(run / "lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        before = contents(run)
+        assert "another process" in complaint(capsys, "--resume", run, "--total-timesteps", "512")
+        assert main(["--evaluate", str(run)]) == 0 and contents(run) == before
+    assert main(["--resume", str(run), "--total-timesteps", "320"]) == 0 and len(rows_of(run)) == 5
+
+
+# ===== command line ===================================================================================================
+
+def arguments(env, runs, *more):
+    return ["--env", env, "--runs", str(runs), "--device", "cpu", "--num-envs", "2", "--hidden", "8",
+            "--num-steps", "16", "--minibatch-size", "16", "--total-timesteps", "128", "--episodes", "1", *more]
+
+
+def complaint(capsys, *flags):
+    """What the program says when it refuses: one line, behind the usage or how a run that was stopped goes on."""
+    capsys.readouterr()
+    try:
+        code = main([str(flag) for flag in flags])
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    error = capsys.readouterr().err
+    assert code == 2 and re.fullmatch(r"(ncdpo: stopped.+\n)?ncdpo: .+\.\n|usage: .+\n.+: error: .+\n", error), error
+    return error
+
+
+SOURCE = ncdpo.inspect.getsource(ncdpo.Config)  # parse reads it each time, which would be half the time of these tests
+ncdpo.inspect = types.SimpleNamespace(getsource=lambda what: SOURCE)
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with CUDA")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--env", "HalfCheeta-v4"], "Did you mean: `HalfCheetah`?"),
+    (["--env", "HalfCheetah-v9"], "`v5`"),
+    (["--env", "Nothing-like-it"], "cannot make Nothing-like-it"),
+    (["--env", "nowhere:Thing-v0"], "nowhere"),
+    (["--env", "Hopper-v3"], "Hopper-v3"),  # its simulator is gone
+    (["--env", "TinyDict-v0"], "only Box"),
+    (["--env", "TinyMulti-v0"], "Discrete or"),
+    (["--env", "TinyUnbounded-v0"], "bounded flat Box"),
+    (["--denoising-steps", "0"], "--denoising-steps"),
+    (["--denoising-steps", "101"], "100"),
+    (["--sampling-steps", "6"], "--denoising-steps"),
+    (["--total-timesteps", "100"], "--total-timesteps"),
+    (["--num-envs", "many"], "--num-envs"),
+    (["--episodes", "0"], "--episodes"),
+    (["--action-chunk", "2"], "--action-chunk 1"),  # of Discrete actions
+    (["--env", "TinyBox-v0", "--action-chunk", "2", "--total-timesteps", "2048"], "a rollout of 4096 steps"),
+    (["--num-envs", "2", "--minibatch-size", "1", "--total-timesteps", "64"], "--minibatch-size"),
+    (["--num-envs", "1", "--num-steps", "1", "--total-timesteps", "64"], "--num-steps"),  # nothing to normalise by
+    (["--critic-warmup", "9"], "--critic-learning-rate"),
+    (["--critic-warmup", "9", "--critic-learning-rate", "1e-3", "--total-timesteps", "8192"], "--critic-warmup of 9"),
+    (["--algo", "sac"], "--algo"),
+    (["--momentum", "0.9"], "--momentum"),
+    (["--total", "5000"], "--total"),  # an abbreviation would be guessed
+    (["--vector", "envpool"], "--vector"),
+    (["--device", "nonsense"], "--device"),
+    pytest.param(["--device", "cuda"], "--device", marks=no_cuda),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--evaluate", "nowhere"], "nowhere"),
+    (["--init-from", "nowhere"], "nowhere"),
+    (["--resume", "", "--total-timesteps", "2048"], "empty"),  # a variable of the shell is not set
+    (["--evaluate", "", "--total-timesteps", "2048"], "empty"),
+    (["--init-from", "", "--total-timesteps", "2048"], "empty"),
+    (["--resume", "one", "--evaluate", "other"], "not allowed with"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capsys, flags, words):
+    if not {"--env", "--resume", "--evaluate"} & set(flags):
+        flags = ["--env", "CartPole-v1", *flags]
+    assert words in complaint(capsys, "--runs", tmp_path / "runs", *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_cannot_be_a_folder_is_pythons_own_error_before_anything_is_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        main(arguments("CartPole-v1", tmp_path / "file"))
+    assert contents(tmp_path) == {Path("file"): b"mine"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "foreign", "list", "harmful"])
+def test_a_damaged_checkpoint_is_told_in_one_line(run, tmp_path, capsys, damage):
+    class Harmful:
+        def __reduce__(self):  # what its file does to whoever reads it
+            return Path.touch, (run / "harm",)
+
+    path = run / "checkpoint.pt"
+    if damage == "missing":
+        path.unlink()
+    elif damage in ("foreign", "list", "harmful"):
+        torch.save({"foreign": {"model": torch.ones(2)}, "list": [1, 2], "harmful": Harmful()}[damage], path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello\n", "truncated": path.read_bytes()[:5000]}[damage])
+    before = contents(tmp_path)
+    for flag, *more in (["--evaluate"], ["--resume", "--total-timesteps", 512],
+                        ["--init-from", "--total-timesteps", 256, "--runs", tmp_path / "runs"]):
+        assert str(run) in complaint(capsys, flag, run, *more) and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name, value", [*((name, None) for name in ("update", "seconds", "optimizer", "random")),
+                                         ("update", "x"), ("optimizer", {}), ("random", 1)])
+def test_a_checkpoint_that_can_be_played_but_not_gone_on_from_is_told_in_one_line(run, capsys, name, value):
+    torch.save(checkpoint_of(run) | {name: value}, run / "checkpoint.pt")
+    before = contents(run)
+    assert main(["--evaluate", str(run)]) == 0
+    assert str(run) in complaint(capsys, "--resume", run, "--total-timesteps", "512") and contents(run) == before
+
+
+@pytest.mark.parametrize("edit", [
+    lambda saved: saved.update(algo="sac"), lambda saved: saved.update(gamma="0.9"),
+    lambda saved: saved.update(seed=None), lambda saved: saved.pop("eta"), lambda saved: saved.update(target_kl=0.1),
+    lambda saved: saved.pop("versions"), lambda saved: saved.update(versions=None), lambda saved: saved.clear(),
+    list, "{", "[1]"])
+def test_a_config_json_that_was_edited_or_is_older_is_told_in_one_line(run, tmp_path, capsys, edit):
+    path = run / "config.json"
+    text = edit
+    if callable(edit):
+        saved = json.loads(path.read_text())
+        text = json.dumps(edit(saved) if edit is list else (edit(saved), saved)[1])
+    path.write_text(text)
+    before = contents(tmp_path)
+    for flag, *more in (["--evaluate"], ["--resume", "--total-timesteps", 512],
+                        ["--init-from", "--total-timesteps", 256, "--runs", tmp_path / "runs"]):
+        assert str(run) in complaint(capsys, flag, run, *more) and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["torn", "older", "rows reordered", "columns reordered", "headerless",
+                                    "empty", "missing"])
+def test_metrics_that_lack_the_checkpoints_rows_are_told_before_training(run, capsys, damage):
+    path = run / "metrics.csv"
+    header, *rows = path.read_text().splitlines()
+    lines = {"torn": [header, *rows[:3], rows[3][:20]], "older": [header, *rows[:3]], "headerless": rows,
+             "rows reordered": [header, rows[1], rows[0], *rows[2:]], "empty": [], "missing": [],
+             "columns reordered": [",".join(line.split(",")[::-1]) for line in (header, *rows)]}[damage]
+    path.write_text("\n".join(lines))
+    if damage == "missing":
+        path.unlink()
+    before = contents(run)
+    assert str(run) in complaint(capsys, "--resume", run, "--total-timesteps", "512") and contents(run) == before
+
+
+def test_another_mujoco_is_told_and_the_run_goes_on(run, capsys):
+    path = run / "config.json"
+    edited = path.read_text().replace(f'"mujoco": "{importlib.metadata.version("mujoco")}"', '"mujoco": "3.0"')
+    for line in (["--evaluate", str(run)], ["--resume", str(run), "--total-timesteps", "320"]):
+        path.write_text(edited)
+        assert main(line) == 0
+        told = set(capsys.readouterr().err.splitlines())
+        assert len(told) == 1 and f"{run} is of MuJoCo 3.0" in told.pop()
+    assert main(["--evaluate", str(run)]) == 0 and not capsys.readouterr().err  # now it is of this one
+
+
+def test_resume_refuses_another_task_or_policy_or_chain(run, capsys, monkeypatch):
+    """Also where the weights would fit: a run must not silently become another one."""
+    before, kept = contents(run), ncdpo.load_config(run)
+    for name in vars(kept).keys() - ncdpo.MAY_CHANGE:
+        other = dataclasses.replace(kept, total_timesteps=4096)
+        setattr(other, name, "another")
+        with pytest.raises(UserError, match=f"leave out --{name.replace('_', '-')}$"):
+            ncdpo.train(other, resume=run)
+    for flag, value in (("--env", "Tiny-v0"), ("--algo", "dppo"), ("--temperature", "0.5")):
+        assert f"leave out {flag}." in complaint(capsys, "--resume", run, "--total-timesteps", "4096", flag, value)
+    monkeypatch.setitem(gym.registry, "CartPole-v1", gym.registry["Tiny-v0"])  # the task itself has changed
+    assert "other observations or actions" in complaint(capsys, "--resume", run, "--total-timesteps", "4096")
+    assert contents(run) == before
+
+
+def test_resume_refuses_a_finished_run_and_goes_on_with_more_steps_and_another_simulator(run, capsys):
+    before = contents(run)
+    assert "--total-timesteps" in complaint(capsys, "--resume", run) and contents(run) == before
+    assert main(["--resume", str(run), "--total-timesteps", "320", "--vector", "sync", "--device", "cpu",
+                 "--episodes", "1"]) == 0
+    assert len(rows_of(run)) == 5 and ncdpo.load_config(run).vector == "sync"
+
+
+@pytest.mark.parametrize("flags", [["--episodes", "0"], ["--episodes", "-3"], ["--eta", "2"], ["--env", "Pendulum-v1"],
+                                   ["--hidden", "64"], ["--algo", "ppo"]], ids=" ".join)
+def test_evaluation_refuses_what_cannot_be(run, capsys, flags):
+    error = complaint(capsys, "--evaluate", run, *flags)
+    assert str(run) in error if flags[0] in ("--hidden", "--algo") else flags[1] in error  # the weights do not fit
+
+
+def test_evaluation_takes_a_device_and_stays_on_the_cpu(run, capsys):
+    assert main(["--evaluate", str(run), "--device", "cuda"]) == 0 and capsys.readouterr().out.count("return") == 3
+
+
+@pytest.mark.parametrize("given", [
+    dict(algo="sac"), dict(predict="x0"), dict(gamma=1.5), dict(eta=-0.5), dict(gae_lambda=1.1),
+    dict(gamma_denoising=-0.1), dict(ent_coef=-1), dict(num_envs=0), dict(num_steps=-1), dict(update_epochs=0),
+    dict(seed=-1), dict(learning_rate=math.nan), dict(clip_coef=math.inf), dict(clip_coef=1e308),
+    dict(minibatch_size=64.5), dict(learning_rate="3e-4"), dict(mean_log_prob="no"), dict(hidden=10**6),
+    dict(num_steps=2 * 10**9), dict(env=""), dict(env=None), dict(runs=3), dict(critic_learning_rate=0)], ids=str)
+def test_configurations_made_in_python_are_checked_too(given):
+    with pytest.raises(UserError, match="--" + next(iter(given)).replace("_", "-")):
+        config(**given)
+
+
+def test_configurations_take_numbers_of_other_kinds_and_keep_plain_ones():
+    c = ncdpo.Config(learning_rate=np.float64(3e-4), gamma=1, seed=np.int64(3), runs=Path("x"), minibatch_size=64.0,
+                     critic_learning_rate=np.float32(0.5), sampling_steps=np.int32(2), init_from=Path("y"))
+    wanted = dict(learning_rate=3e-4, gamma=1.0, seed=3, runs="x", minibatch_size=64, critic_learning_rate=0.5,
+                  sampling_steps=2, init_from="y")
+    for name, value in wanted.items():
+        assert getattr(c, name) == value and type(getattr(c, name)) is type(value), name
+    assert json.loads(json.dumps(vars(c))) == vars(c) and c == ncdpo.Config(**vars(c))
+
+
+def test_defaults_are_the_presets_of_the_task_but_for_what_is_given():
+    hopper = ncdpo.PRESETS["Hopper"]
+    parsed = ncdpo.parse(["--env", "Hopper-v4", "--gamma", "0.5"])[0]
+    made = ncdpo.Config.for_task("x/Hopper-v5", gamma=0.5)
+    for c in (parsed, made):
+        assert (c.gamma, c.init_std, c.min_std) == (0.5, hopper["init_std"], hopper["min_std"])
+        assert c.learning_rate == ncdpo.Config.learning_rate and hopper["init_std"] != ncdpo.Config.init_std
+    c = ncdpo.parse(["--env", "Hopper-v4", "--gamma", "0.5"], preset=dict(gamma=0.7, action_chunk=4))[0]
+    assert c == ncdpo.Config("Hopper-v4", gamma=0.5, action_chunk=4)  # a script's own defaults
+    assert ncdpo.parse([])[0] == ncdpo.Config.for_task() == ncdpo.Config()
+
+
+def test_a_run_that_starts_from_another_takes_over_its_settings_but_not_its_end(tmp_path):
+    kept = config(env="Pendulum-v1", eta=0.5, seed=7, action_chunk=3, runs="elsewhere", total_timesteps=77)
+    ncdpo.save_config(kept, tmp_path)
+    c, *others = ncdpo.parse(["--init-from", str(tmp_path), "--seed", "8"])
+    new = dict(seed=8, init_from=str(tmp_path), total_timesteps=ncdpo.Config.total_timesteps, runs=ncdpo.Config.runs)
+    assert c == dataclasses.replace(kept, **new) and others[:2] == [None, None]
+    for flag in ("--resume", "--evaluate"):
+        c, *others = ncdpo.parse([flag, str(tmp_path), "--total-timesteps=78"])
+        assert c == dataclasses.replace(kept, total_timesteps=78) and others[2] == dict(total_timesteps=78)
+        assert others[:2] == ([None, str(tmp_path)] if flag == "--resume" else [str(tmp_path), None])
+
+
+def test_init_from_writes_a_run_of_its_own_and_leaves_the_clone_alone(tmp_path, monkeypatch):
+    clone, trainer = a_clone(tmp_path / "clone", env="TinyBox-v0", gamma=0.9)
+    before, update, started = contents(clone), ncdpo.run_updates, []
+
+    def watched(new, run):
+        started.append(same(new.agent.state_dict(), trainer.agent.state_dict()))
+        return update(new, run)
+
+    monkeypatch.setattr(ncdpo, "run_updates", watched)
+    line = ["--init-from", str(clone), "--total-timesteps", "128", "--runs", str(tmp_path / "runs")]
+    assert main(line) == 0 and contents(clone) == before and started == [True]
+    run = tmp_path / "runs" / "TinyBox-v0__ncdpo__1"
+    assert [row["update"] for row in rows_of(run)] == ["1", "2"] and ncdpo.load_config(run).gamma == 0.9
+
+
+def test_help_says_what_each_field_is_and_its_default(capsys):
+    source = (HERE / "ncdpo.py").read_text()
+    node, = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    documented = {field.target.id: source.splitlines()[field.end_lineno - 1].split("  # ")[1]
+                  for field in node.body if isinstance(field, ast.AnnAssign)}
+    assert list(documented) == [field.name for field in dataclasses.fields(ncdpo.Config)] and len(documented) <= 36
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for name, text in documented.items():
+        assert f"--{name.replace('_', '-')}" in printed
+        assert re.sub(r"\s", "", f"{text} [{getattr(ncdpo.Config, name)}]") in re.sub(r"\s", "", printed)
+
+
+@pytest.mark.parametrize("file, nth", [("config", 1), ("metrics", 1), ("checkpoint", 1), ("checkpoint", 3)])
+def test_a_full_disk_keeps_the_previous_file(run, capsys, monkeypatch, each_update, file, nth):
+    before, write, calls = contents(run), Path.write_bytes, []
+
+    def full(path, content):
+        calls.append(path.stem)
+        if calls.count(file) < nth or path.stem != file:
+            return write(path, content)
+        write(path, content[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    error = complaint(capsys, "--resume", run, "--total-timesteps", "512")
+    assert f"cannot write {run / file}." in error and "No space left" in error and not list(run.glob("*.tmp"))
+    assert ("stopped" in error) == (nth > 1) and checkpoint_of(run)["update"] == (5 if nth > 1 else 4)
+    name = Path({"config": "config.json", "metrics": "metrics.csv", "checkpoint": "checkpoint.pt"}[file])
+    assert nth > 1 or (run / name).read_bytes() == before[name]
+    monkeypatch.undo()
+    assert main(["--resume", str(run), "--total-timesteps", "512"]) == 0
+    assert [row["update"] for row in rows_of(run)] == [str(i) for i in range(1, 9)]
+
+
+def test_a_full_disk_shows_as_such_where_metrics_grow_and_keeps_the_checkpoint(run, capsys, monkeypatch):
+    def full(path, mode="r", **more):
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return open(path, mode, **more)
+
+    monkeypatch.setattr(ncdpo, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        main(["--resume", str(run), "--total-timesteps", "512"])
+    assert f"--resume {run}" in capsys.readouterr().err and checkpoint_of(run)["update"] == 4
+
+
+@pytest.mark.parametrize("wrong", ["observation", "infinity", "reward"])
+def test_an_environment_that_breaks_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, each_update, wrong):
+    monkeypatch.setattr(Tiny, "made_to_fail", (40, wrong))  # in the third rollout of 16 steps
+    error = complaint(capsys, *arguments("TinyBox-v0", tmp_path))
+    run = tmp_path / "TinyBox-v0__ncdpo__1"
+    assert f"--resume {run}" in error and "update 2" in error and "not finite" in error
+    # Tiny pays for the action, which is no number either after such an observation
+    assert ("update 3" if wrong == "infinity" else "TinyBox-v0 gave the reward nan") in error
+    state = checkpoint_of(run)
+    assert state["update"] == len(rows_of(run)) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, each_update):
+    loss, calls = ncdpo.ppo_loss, []
+
+    def poisoned(*args, **batch):
+        calls.append(1)
+        value, diagnostics = loss(*args, **batch)
+        return (value, diagnostics) if len(calls) <= 2 * 2 * 5 else (value * math.nan, diagnostics)
+
+    monkeypatch.setattr(ncdpo, "ppo_loss", poisoned)
+    assert "not finite in update 3" in complaint(capsys, *arguments("TinyBox-v0", tmp_path))
+    state = checkpoint_of(tmp_path / "TinyBox-v0__ncdpo__1")
+    assert state["update"] == 2 and all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
+
+
+def test_a_mistake_in_the_users_task_is_not_hidden(monkeypatch):
+    """It shows as it was raised, from __init__ and reset as from step."""
+    def broken(*args, **more):
+        raise ZeroDivisionError("no start")
+
+    for name in ("reset", "__init__"):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError, match="no start"):
+            patch.setattr(Tiny, name, broken)
+            ncdpo.Trainer(config(env="Tiny-v0"))
+
+
+def test_ncdpo_learns_cartpole(tmp_path):
+    flags = dict(num_envs=16, num_steps=64, minibatch_size=256, update_epochs=10, learning_rate=3e-3, hidden=64,
+                 denoising_steps=2, gamma=0.98, gae_lambda=0.95, total_timesteps=20_480, episodes=1)
+    line = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    assert main(["--env", "CartPole-v1", "--algo", "ncdpo", "--device", "cpu", "--runs", str(tmp_path), *line]) == 0
+    returns = [float(row["return"]) for row in rows_of(tmp_path / "CartPole-v1__ncdpo__1") if row["return"]]
+    assert returns[0] < 50 and np.convolve(returns, np.ones(4) / 4, "valid").max() > 200  # four updates in a row
+
+
+# ===== the file =======================================================================================================
+
+def run_python(folder, *command, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_import_prints_and_writes_nothing_and_needs_neither_mujoco_nor_matplotlib(tmp_path):
+    code = """import ncdpo, sys, torch
+ncdpo.VectorEnv("CartPole-v1", 1, torch.device("cpu"))
+assert not {"mujoco", "matplotlib"} & set(sys.modules)"""
+    result = run_python(tmp_path, "-c", code)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+IMPORTS = """
+import contextlib, importlib.util, io, runpy, sys
+from pathlib import Path
+path, here = Path(sys.argv[1]), Path.cwd()
+
+def works(ncdpo):
+    import torch
+    assert ncdpo["Config"](seed=2).seed == 2
+    env = ncdpo["VectorEnv"]("CartPole-v1", 2, torch.device("cpu"))
+    assert env.reset(1).shape == (2, 4)
+
+def imported(folder, name):
+    (here / folder / "notebooks").mkdir(parents=True)  # the user's own, which is nobody's business
+    (here / folder / "notebooks" / "__init__.py").write_text("raise ImportError('this is mine')")
+    return (here / folder / name)
+
+sys.path.insert(0, str(here / "linked"))
+imported("linked", "ncdpo.py").symlink_to(path)
+import ncdpo
+works(vars(ncdpo))
+assert Path(ncdpo.__file__).parent == here / "linked"
+
+sys.path.insert(0, str(here / "vendored"))
+(imported("vendored", "lib")).mkdir()
+(here / "vendored" / "lib" / "__init__.py").touch()
+(here / "vendored" / "lib" / "ncdpo.py").write_text(path.read_text())
+from lib import ncdpo as another
+assert another is not ncdpo
+works(vars(another))
+
+spec = importlib.util.spec_from_file_location("reference", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert "reference" not in sys.modules
+works(vars(module))
+
+cell = {"__name__": "__main__"}  # of a notebook, where it is pasted
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    exec(path.read_text(), cell)
+assert not out.getvalue() and "__file__" not in cell
+works(cell)
+
+sys.argv = ["ncdpo.py", "--help"]
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0 and "--sampling-steps" in out.getvalue()
+print("all")
+"""
+
+
+def test_the_file_can_be_linked_vendored_loaded_by_path_and_pasted(tmp_path):
+    """Also beside a package `notebooks` of the user's, in an isolated Python (-I implies -P) without docstrings."""
+    (tmp_path / "imports.py").write_text(IMPORTS)
+    result = run_python(tmp_path, "-I", "-OO", "imports.py", HERE / "ncdpo.py")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "all\n", "")
+
+
+KILLED = """
+import os, signal, sys, ncdpo
+replace, calls = os.replace, []
+
+def cut(temporary, path):
+    calls.append(str(path)[-13:])
+    if calls.count("checkpoint.pt") == 4:  # the first is of the start
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(temporary, path)
+
+ncdpo.CHECKPOINT_SECONDS, os.replace = -1, cut
+ncdpo.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows")
+def test_the_file_alone_in_a_folder_trains_and_resumes_in_another_process_after_a_kill_and_evaluates(tmp_path):
+    """It is killed where the checkpoint of its third update is written, but has not yet replaced the second."""
+    shutil.copy(HERE / "ncdpo.py", tmp_path)
+    small = "--env HalfCheetah-v4 --num-envs 4 --num-steps 32 --minibatch-size 64 --episodes 1 --device cpu".split()
+    killed = run_python(tmp_path, "-c", KILLED, *small, PYTHONPATH="")
+    assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, "") and "(batched)" in killed.stdout, killed
+    run = tmp_path / "runs" / "HalfCheetah-v4__ncdpo__1"
+    assert checkpoint_of(run)["update"] == 2 and len(rows_of(run)) == 3 and (run / "checkpoint.tmp").exists()
+    again = run_python(tmp_path, "ncdpo.py", "--resume", run, "--total-timesteps", 128 * 4, PYTHONPATH="")
+    assert (again.returncode, again.stderr) == (0, "") and again.stdout.count("length 1000.0") == 3, again
+    assert [row["update"] for row in rows_of(run)] == ["1", "2", "3", "4"]
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.csv", "checkpoint.pt", "lock"}
+
+
+def test_a_task_of_ones_own_module_is_made_by_its_name_and_its_mistake_shows_in_its_own_line(tmp_path):
+    (tmp_path / "my_module.py").write_text("""
+import sys
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+
+sys.modules["__main__"].CHECKPOINT_SECONDS = -1
+
+class Task(CartPoleEnv):
+    played = 0
+
+    def step(self, action):
+        self.played += 1
+        range(40)[self.played]  # the mistake
+        return super().step(action)
+
+gym.register("Task-v0", Task)
+""")
+    line = arguments("my_module:Task-v0", tmp_path)
+    result = run_python(tmp_path, HERE / "ncdpo.py", *line, PYTHONPATH=str(tmp_path))
+    run = tmp_path / "my_module_Task-v0__ncdpo__1"
+    assert result.returncode == 1 and "range(40)[self.played]  # the mistake" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("IndexError: ")
+    said, = re.findall("^ncdpo: .+$", result.stderr, re.MULTILINE)
+    assert "update 2" in said and f"--resume {run}" in said and checkpoint_of(run)["update"] == 2
+
+
+def imports_of(*nodes):
+    """Top-level packages that are imported anywhere in the nodes of a syntax tree, relative ones as the empty name."""
+    return {name.split(".")[0] for tree in nodes for node in ast.walk(tree) for name in
+            ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+             [node.module if not node.level else ""] if isinstance(node, ast.ImportFrom) else [])}
+
+
+def test_the_file_imports_three_packages_and_has_ten_sections_in_the_order_of_reading():
+    source = (HERE / "ncdpo.py").read_text()
+    tree = ast.parse(source)
+    statements = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert imports_of(*statements) - set(sys.stdlib_module_names) == {"torch", "gymnasium", "numpy"}
+    where_used = {"mujoco", "mujoco_warp", "warp"}
+    assert imports_of(tree) - set(sys.stdlib_module_names) == {"torch", "gymnasium", "numpy"} | where_used
+    assert re.findall(r"^# =====  ?(\d+  .+?) =+$", source, re.MULTILINE) == [
+        "1  Noise schedule", "2  Networks", "3  The noise-conditioned policy", "4  PPO", "5  Training loop",
+        "6  Environments", "7  MuJoCo in batches", "8  The two baselines", "9  Run folder",
+        "10  Configuration and command line"]
+
+
+def test_dependencies_of_the_script_are_declared_in_both_places():
+    tomllib = pytest.importorskip("tomllib")
+    source = (HERE / "ncdpo.py").read_text()
+    header = re.search(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", source, re.MULTILINE).group(1)
+    meta = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.MULTILINE))
+    name_of = lambda line: re.match(r"[\w.-]+", line).group().lower().replace("_", "-")
+    declared = {name_of(line) for line in meta["dependencies"]}
+    imported = imports_of(ast.parse(source)) - set(sys.stdlib_module_names) - {"mujoco_warp", "warp"}  # an option
+    assert imported == declared and "requires-python" in meta
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    assert declared <= {name_of(line) for line in lines if re.match(r"\w", line)}
+
+
+# ===== scripts ========================================================================================================
+
+def script(name):
+    """A fixture: the module notebooks/<name>.py, imported as its own program would be."""
+    @pytest.fixture(name=name)
+    def module(monkeypatch):
+        monkeypatch.syspath_prepend(str(HERE / "notebooks"))
+        return pytest.importorskip(name)
+    return module
+
+
+demos, film, curves, health, e16, speed = map(script, ("demos", "film", "curves", "health", "e16", "speed"))
+
+
+def scripts_complaint(capsys, script, *line):
+    """The one line with which a script refuses; asserts that it is one."""
+    capsys.readouterr()
+    code = script.main([str(word) for word in line])
+    said, name = capsys.readouterr(), script.__name__.split(".")[-1]
+    assert code == 2 and re.fullmatch(rf"{name}: .+[^.]\.\n", said.err) and said.out == "", said
+    return said.err
+
+
+# --- notebooks/cloning.py --------------------------------------------------------------------------------------------
 
 def tiny_demos(lengths=(9, 2, 12, 7), seed=0):
     """Episodes of TinyBox-v0, numbered by their first observation; every action names its episode and its step."""
@@ -1326,26 +2415,50 @@ DAMAGES = [
 def test_damaged_demonstrations_are_told_in_one_line(tmp_path, capsys):
     env, demos, path = VectorEnv("TinyBox-v0", 2, CPU, chunk=2), tiny_demos(), tmp_path / "d.npz"
     for damage, words in DAMAGES:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(UserError, match=words):
             cloning.load(saved(path, demos | damage), env)
     without_a_key = saved(tmp_path / "key.npz", {key: demos[key] for key in cloning.DEMO_KEYS[:4]})
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:300])
     (tmp_path / "empty.npz").touch()
+    flags = arguments("TinyBox-v0", tmp_path / "runs", "--action-chunk", "2", "--critic-warmup", "0")
     for source in (without_a_key, *(tmp_path / f"{name}.npz" for name in ("text", "cut", "empty", "missing"))):
-        flags = ["--demos", str(source), "--action-chunk", "2", "--critic-warmup", "0"]
-        assert f"cannot read demonstrations from {source}" in complaint(
-            capsys, *arguments("TinyBox-v0", tmp_path / "runs", *flags))
+        error = scripts_complaint(capsys, cloning, source, *flags)
+        assert f"cannot read demonstrations from {source}" in error
     assert not (tmp_path / "runs").exists()
 
 
+gym.register("TinyOdd-v0", entry_point=Tiny, max_episode_steps=8, kwargs=dict(  # its second number is no choice
+    action_space=gym.spaces.Box(np.float32([-0.1, 0.7, 1e4]), np.float32([0.3, 0.7, 1e4 + 1]))))
+gym.register("TinyWhole-v0", entry_point=Tiny, max_episode_steps=8, kwargs=dict(
+    action_space=gym.spaces.Box(-3, 9, (2,), np.int32)))
+
+
+@pytest.mark.parametrize("env_id, wrong", [("TinyOdd-v0", [0, 0.7001, 1e4]), ("TinyWhole-v0", [0, 2.5])])
+def test_actions_are_loaded_as_to_task_makes_them_also_where_a_bound_is_narrow_or_they_are_whole_numbers(
+        tmp_path, env_id, wrong):
+    env = VectorEnv(env_id, 40, CPU, chunk=2)
+    dtype, drawn = env.envs.action_space.dtype, torch.rand(40, env.act_dim, dtype=torch.float64) * 2.4 - 1.2
+    drawn[:2] = torch.tensor([[-1.0], [1.0]])
+    played = env.to_task(drawn).numpy().astype(dtype).reshape(80, -1)
+    zeros, end = np.zeros(80), np.arange(80) % 2 == 1
+    given = dict(zip(cloning.DEMO_KEYS, (np.full((80, 6), 12345.678), played, zeros, end, zeros)))
+    obs, action, _ = cloning.load(saved(tmp_path / "d.npz", given), env)
+    again = env.to_task(action).numpy().astype(dtype).reshape(80, -1)
+    np.testing.assert_allclose(again, played, rtol=1e-6, atol=1e-7)
+    assert again.dtype == dtype and (action.abs() <= 1).all() and (obs == 12345.678).all()
+    given["actions"] = np.where(np.arange(80)[:, None] == 33, wrong, played)
+    with pytest.raises(UserError, match="row 33"):
+        cloning.load(saved(tmp_path / "d.npz", given), env)
+
+
 @pytest.mark.parametrize("algo, predict", [("ppo", "sample"), *(("ncdpo", predict) for predict in PREDICT)])
-def test_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean(capsys, algo, predict):
+def test_E2_cloning_recovers_two_modes_where_a_gaussian_finds_their_mean(capsys, algo, predict):
     """Demonstrated: -0.3 or 0.9 with equal probability, whatever the state; an untrained MLP proposes 0."""
     action = torch.where(torch.rand(4000, 1) < 0.5, 0.9, -0.3) + 0.02 * torch.randn(4000, 1)
-    c = config(algo=algo, predict=predict, bc_steps=2000, bc_learning_rate=3e-3, hidden=64, denoising_steps=20)
-    agent = ncdpo.Agent(c, 2, 1, False)
-    cloning.clone(agent, c, (torch.randn(4000, 2), action, np.arange(4000) // 10))
+    c = config(algo=algo, predict=predict, hidden=64, denoising_steps=20)
+    agent = ncdpo.Agent(c, 2, 1, False, 2)
+    cloning.clone(agent, (torch.randn(4000, 2), action, np.arange(4000) // 10), c.seed, 1000, 1e-2)
     drawn = agent.policy.sample(torch.randn(1000, 2), deterministic=True)[0]
     if algo == "ppo":
         assert (drawn - 0.3).abs().mean() < 0.15
@@ -1361,9 +2474,9 @@ def test_cloned_one_hot_actions_are_drawn_as_often_as_they_were_shown(predict): 
     """Two states; with 20 steps (5, or predicting the sample, sharpen the frequencies) the chain's end is a choice."""
     p, state = torch.tensor([[0.2, 0.3, 0.5], [0.7, 0.1, 0.2]]), torch.randint(2, (8000,))
     action = 2 * torch.nn.functional.one_hot(torch.multinomial(p[state], 1).squeeze(1), 3) - 1.0
-    c = config(predict=predict, bc_steps=3000, bc_learning_rate=3e-3, hidden=64, denoising_steps=20)
-    agent = ncdpo.Agent(c, 1, 3, True)
-    cloning.clone(agent, c, (2.0 * state[:, None] - 1, action, np.arange(8000) // 10))
+    c = config(predict=predict, hidden=64, denoising_steps=20)
+    agent = ncdpo.Agent(c, 1, 3, True, 1)
+    cloning.clone(agent, (2.0 * state[:, None] - 1, action, np.arange(8000) // 10), c.seed, 1500, 1e-2)
     for s in (0, 1):
         drawn = agent.policy.sample(agent.obs_norm(torch.full((4000, 1), 2.0 * s - 1)))[0]
         error = (torch.bincount(drawn, minlength=3) / 4000 - p[s]) / (p[s] * (1 - p[s]) * 2 / 4000).sqrt()
@@ -1375,34 +2488,33 @@ def test_a_cloned_expert_with_discrete_actions_reaches_its_return(tmp_path, caps
     env, rows = VectorEnv("CartPole-v1", 8, CPU), []
     obs = env.reset(1)
     for _ in range(500):  # a rule that balances for the whole episode
-        action = (obs @ torch.tensor([0.1, 0.3, 2.0, 1.0]) > 0).long()
+        action = (obs.float() @ torch.tensor([0.1, 0.3, 2.0, 1.0]) > 0).long()
         after, reward, terminated, truncated, _ = env.step(action)
         rows.append((obs, action, reward[:, 0], terminated, truncated))
         obs = after
     path = saved(tmp_path / "d.npz", {key: torch.stack(x, 1).flatten(0, 1).numpy()
                                       for key, x in zip(cloning.DEMO_KEYS, zip(*rows))})
-    ncdpo.train(config(algo=algo, demos=path, total_timesteps=0, denoising_steps=10, bc_steps=2000, hidden=64,
-                       runs=str(tmp_path)))
+    run = cloning.make(path, config(algo=algo, denoising_steps=10, hidden=64, runs=tmp_path), 1000, 3e-3)
     assert "8 episodes, 4,000 steps, mean return 500.0\n" in capsys.readouterr().out
-    assert ncdpo.evaluate(tmp_path / f"CartPole-v1__{algo}__1", 10, "cpu")["mean action"]["return"].mean() > 450
+    assert ncdpo.evaluate(run, 8)["mean action"]["return"].mean() > 450
     with np.load(path) as file:
         demos = dict(file)
     for wrong in (2, -1, 0.5, np.nan):
         action = np.where(np.arange(4000) == 17, wrong, demos["actions"])
-        with pytest.raises(ValueError, match="row 17"):
+        with pytest.raises(UserError, match="row 17"):
             cloning.load(saved(tmp_path / "wrong.npz", demos | {"actions": action}), env)
 
 
-def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_same_noise(capsys):
+def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_same_noise(monkeypatch, capsys):
     """A twentieth of them, rounded up; each observation is the number of its episode."""
-    c = config(bc_steps=40, bc_learning_rate=1e-12)  # without learning, nothing else moves their loss
-    agent, trained, held_out = shaken(ncdpo.Agent(c, 1, 1, False)), set(), set()
+    agent, trained, held_out = shaken(ncdpo.Agent(config(), 1, 1, False, 1)), set(), set()
     agent.obs_norm = torch.nn.Identity()
     agent.obs_norm.update = lambda obs: None
-    bc_loss, episode = agent.policy.bc_loss, np.arange(30).repeat(7)
-    agent.policy.bc_loss = lambda obs, action: (
-        (trained if torch.is_grad_enabled() else held_out).update(obs[:, 0].tolist()) or bc_loss(obs, action))
-    cloning.clone(agent, c, (torch.tensor(episode)[:, None].float(), torch.zeros(210, 1), episode))
+    bc_loss, episode = cloning.bc_loss, np.arange(30).repeat(7)
+    monkeypatch.setattr(cloning, "bc_loss", lambda policy, obs, action: (
+        (trained if torch.is_grad_enabled() else held_out).update(obs[:, 0].tolist()) or bc_loss(policy, obs, action)))
+    shown = torch.tensor(episode)[:, None].float(), torch.zeros(210, 1), episode
+    cloning.clone(agent, shown, 1, 40, 1e-12)  # without learning, nothing else moves their loss
     assert len(held_out) == 2 and trained == set(range(30)) - held_out
     losses = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 20 and len(set(losses)) == 1 and float(losses[0]) > 0.01
@@ -1414,9 +2526,8 @@ def test_cloning_keeps_the_moving_average_of_its_weights():
     n, weights, rates = 40, [], []
     hook = register_optimizer_step_post_hook(lambda adam, *_: (
         weights.append([p.clone() for p in adam.param_groups[0]["params"]]), rates.append(adam.param_groups[0]["lr"])))
-    c = config(bc_steps=n, bc_learning_rate=1e-2)
-    agent = ncdpo.Agent(c, 2, 1, False)
-    cloning.clone(agent, c, (torch.randn(100, 2), torch.randn(100, 1), np.arange(100) // 5))
+    agent = ncdpo.Agent(config(), 2, 1, False, 2)
+    cloning.clone(agent, (torch.randn(100, 2), torch.randn(100, 1), np.arange(100) // 5), 1, n, 1e-2)
     hook.remove()
     shares = [(0.25 if i else 1) * 0.75 ** (n - 1 - i) for i in range(n)]
     assert sum(shares) == pytest.approx(1)
@@ -1425,47 +2536,66 @@ def test_cloning_keeps_the_moving_average_of_its_weights():
     np.testing.assert_allclose(rates, [1e-2 * (1 + math.cos(math.pi * i / n)) / 2 for i in range(n)])  # along a cosine
 
 
+def test_an_mlp_is_cloned_by_its_mean_or_by_cross_entropy(float64):
+    obs, action = torch.randn(9, 3), torch.randn(9, 2)
+    box, choice = make_policy("ppo"), make_policy("ppo", discrete=True)
+    assert cloning.bc_loss(box, obs, action).item() == pytest.approx(((box.net(obs) - action) ** 2).mean().item())
+    chosen = torch.randint(2, (9,))
+    one_hot = 2.0 * torch.nn.functional.one_hot(chosen, 2) - 1
+    expected = -Categorical(logits=choice.net(obs)).log_prob(chosen).mean()
+    assert cloning.bc_loss(choice, obs, one_hot).item() == pytest.approx(expected.item())
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A cloned run of TinyBox-v0 with chunks of 2, and the demonstrations."""
     folder = tmp_path_factory.mktemp("clone")
     path = saved(folder / "d.npz", tiny_demos())
-    given = dict(env="TinyBox-v0", action_chunk=2, denoising_steps=3, bc_steps=60)
-    ncdpo.train(config(demos=path, total_timesteps=0, runs=str(folder), **given))
-    return folder / "TinyBox-v0__ncdpo__1", path, given
+    given = dict(env="TinyBox-v0", action_chunk=2, denoising_steps=3)
+    return cloning.make(path, config(runs=folder, **given), steps=60), path, given
+
+
+def test_a_clone_is_a_run_folder_without_updates_whose_preset_travels_on(tmp_path, capsys):
+    path = saved(tmp_path / "d.npz", tiny_demos())
+    flags = ["--env", "TinyBox-v0", "--runs", tmp_path, "--action-chunk", 2, "--num-envs", 2, "--hidden", 16,
+             "--bc-steps", 20, "--bc-learning-rate", 0.01, "--device", "cpu", "--episodes", 3]
+    assert cloning.main([str(word) for word in (path, *flags)]) == 0
+    run = tmp_path / "TinyBox-v0__ncdpo__1"
+    printed = capsys.readouterr().out
+    assert printed.count("cloning steps") == 20 and ncdpo.describe(ncdpo.evaluate(run, 3)) in printed
+    assert set(path.name for path in run.iterdir()) == {"config.json", "checkpoint.pt", "metrics.csv", "lock"}
+    assert rows_of(run) == [] and checkpoint_of(run)["update"] == 0
+    changed = dict(runs=tmp_path, action_chunk=2, num_envs=2, hidden=16, device="cpu", episodes=3)
+    assert ncdpo.load_config(run) == ncdpo.Config("TinyBox-v0", **cloning.PRESET | changed)
+    c = ncdpo.parse(["--init-from", str(run), "--env", "TinyBox-v0"])[0]
+    assert c.total_timesteps == ncdpo.Config.total_timesteps and c.init_std == cloning.PRESET["init_std"]
+    for line, words in ((["--bc-steps", 0], "--bc-steps"), (["--bc-learning-rate", "nan"], "--bc-learning-rate"),
+                        (["--evaluate", run], "leave out --evaluate"), (["--init-from", run], "--init-from"),
+                        (["--env", "CartPole-v1"], "give --action-chunk 1")):  # the preset's 4 are for Box actions
+        assert words in scripts_complaint(capsys, cloning, path, *line)
 
 
 def test_clone_starts_from_the_demonstrations_statistics_and_dppo_starts_from_ncdpos_clone(clone):
     run, path, given = clone
     obs = cloning.load(path, VectorEnv("TinyBox-v0", 2, CPU, chunk=2))[0]
     trainer = ncdpo.Trainer(config(algo="dppo", min_std=0.3, **given))
-    trainer.init_from(run)
+    ncdpo.start_from(trainer, run)
     torch.testing.assert_close(trainer.agent.obs_norm.mean, obs.mean(0))
     torch.testing.assert_close(trainer.agent.obs_norm.var, obs.var(0, correction=0))
-    cloned = checkpoint_of(run)["agent"]
-    for name, tensor in trainer.policy.denoiser.state_dict().items():
+    cloned, policy = checkpoint_of(run)["agent"], trainer.agent.policy
+    for name, tensor in policy.denoiser.state_dict().items():
         assert torch.equal(tensor, cloned["policy.denoiser." + name])
-    assert trainer.policy.head.log_std.exp().tolist() == pytest.approx([0.3] * 4)
+    assert policy.head.log_std.exp().tolist() == pytest.approx([0.3] * 4)
 
 
 def test_init_from_goes_on_in_another_task_of_the_same_spaces_and_refuses_one_of_others(clone):
     run, _, given = clone
     trainer = ncdpo.Trainer(config(**given | dict(env="TinyEnds-v0")))
-    trainer.init_from(run)
+    ncdpo.start_from(trainer, run)
     for name, tensor in trainer.agent.state_dict().items():
         assert torch.equal(tensor, checkpoint_of(run)["agent"][name])
-    with pytest.raises(UserError, match="Hopper-v4 has other observations or actions than .*: leave out --env"):
-        ncdpo.Trainer(config(**given | dict(env="Hopper-v4"))).init_from(run)
-
-
-@pytest.mark.parametrize("steps", [None, 2])
-def test_statistics_of_observations_move_unless_some_steps_are_frozen(clone, steps):
-    run, _, given = clone
-    trainer = ncdpo.Trainer(config(**given, init_from=str(run), finetune_steps=steps))
-    trainer.init_from(run)
-    before = trainer.agent.obs_norm.mean.clone()
-    trainer.iterate()
-    assert torch.equal(trainer.agent.obs_norm.mean, before) == bool(steps)
+    with pytest.raises(UserError, match="Hopper-v4 has other observations or actions than"):
+        ncdpo.start_from(ncdpo.Trainer(config(**given | dict(env="Hopper-v4"))), run)
 
 
 def test_sigma_is_the_one_asked_for_or_else_the_one_learnt(clone):
@@ -1473,546 +2603,33 @@ def test_sigma_is_the_one_asked_for_or_else_the_one_learnt(clone):
     learnt = checkpoint_of(run)["agent"]["policy.head.log_std"].exp().tolist()
     for init_std, expected in ((ncdpo.Config.init_std, learnt), (0.4, [0.4] * 4)):
         trainer = ncdpo.Trainer(config(init_std=init_std, **given))
-        torch.nn.init.constant_(trainer.policy.head.log_std, math.log(init_std))
-        trainer.init_from(run)
-        assert trainer.policy.head.log_std.exp().tolist() == pytest.approx(expected)
+        torch.nn.init.constant_(trainer.agent.policy.head.log_std, math.log(init_std))
+        ncdpo.start_from(trainer, run)
+        assert trainer.agent.policy.head.log_std.exp().tolist() == pytest.approx(expected)
 
 
 def test_critic_warmup_leaves_the_actor_where_it_was(clone):
     run, _, given = clone
     trainer = ncdpo.Trainer(config(critic_warmup=1, critic_learning_rate=1e-3, **given))
-    trainer.init_from(run)
-    actor, critic = ([p.clone() for p in part.parameters()] for part in (trainer.policy, trainer.critic))
+    ncdpo.start_from(trainer, run)
+    parts = trainer.agent.policy, trainer.agent.critic
+    actor, critic = ([p.clone() for p in part.parameters()] for part in parts)
     trainer.iterate()
-    assert all(torch.equal(a, b) for a, b in zip(actor, trainer.policy.parameters()))
-    assert not any(torch.equal(a, b) for a, b in zip(critic, trainer.critic.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(actor, parts[0].parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(critic, parts[1].parameters()))
     trainer.iterate()
-    assert not any(torch.equal(a, b) for a, b in zip(actor, trainer.policy.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(actor, parts[0].parameters()))
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--action-chunk", "4"], "--action-chunk"), (["--predict", "v"], "--predict"),
-    (["--env", "Hopper-v4"], "leave out --env"), (["--algo", "ppo"], "not that of ppo"),
-    (["--demos", "mine.npz"], "leave out one of them")])
+    (["--env", "Hopper-v4"], "other observations or actions"), (["--algo", "ppo"], "not that of ppo")])
 def test_a_run_that_cannot_start_from_the_clone_says_so(clone, tmp_path, capsys, flags, words):
     flags = ["--init-from", clone[0], "--runs", tmp_path, "--total-timesteps", "512", *flags]
     assert words in complaint(capsys, *flags) and not list(tmp_path.iterdir())
 
 
-def test_cloned_steps_that_will_be_frozen_are_cloned_too(clone, tmp_path, capsys):
-    _, path, given = clone
-    ncdpo.train(config(demos=path, total_timesteps=0, finetune_steps=2, runs=str(tmp_path), **given))
-    run, agent = tmp_path / "TinyBox-v0__ncdpo__1", checkpoint_of(tmp_path / "TinyBox-v0__ncdpo__1")["agent"]
-    tuned = [name for name in agent if ".denoiser.denoiser." in name]
-    assert tuned and all(torch.equal(agent[name], agent[name.replace("r.denoiser", "r.frozen")]) for name in tuned)
-    flags = ["--init-from", run, "--total-timesteps", "512", "--finetune-steps"]
-    assert "finetune_steps = 2" in complaint(capsys, *flags, "1")  # its second network would be used for other steps
-    assert "sampling_steps" in complaint(capsys, *flags, "2", "--sampling-steps", "2")
-    assert "--sampling-steps" in complaint(capsys, "--evaluate", run, "--sampling-steps", "2")
-
-
-def test_training_stops_once_twenty_episodes_have_the_mean_return_asked_for(tmp_path, monkeypatch):
-    # episodes and their mean return in each update; (19 * 9.9 + 12) / 20 is the first mean above 10
-    reports = iter([(1, 100.0), (30, 0.0), (1, 100.0), (0, math.nan), (5, 15.0), (20, 9.9), (1, 12.0)])
-
-    def iterate(trainer):
-        trainer.done += 1
-        return dict(zip(("episodes", "return"), next(reports)), update=trainer.done, step=64 * trainer.done)
-
-    monkeypatch.setattr(ncdpo.Trainer, "iterate", iterate)
-    history = ncdpo.train(config(stop_at_return=10.0, total_timesteps=4096, runs=str(tmp_path)))
-    assert history["update"].tolist() == [1, 2, 3, 4, 5, 6, 7]
-
-
-# --- 9 - 11  runs ----------------------------------------------------------------------------------------------------
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def rows_of(run, name="metrics.csv"):
-    with open(run / name, newline="") as file:
-        return [{key: cell for key, cell in row.items() if not key.startswith("seconds")}
-                for row in csv.DictReader(file)]
-
-
-def checkpoint_of(run):
-    return torch.load(run / "checkpoint.pt", weights_only=True)
-
-
-def same(one, other):
-    """Whether two nested states are equal to the last bit, but for the time they took."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one if k != "seconds")
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of CartPole, and what its training printed."""
-    runs = tmp_path_factory.mktemp("finished")
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        printed = []
-        patch.setattr(ncdpo, "print", lambda *words, **_: printed.append(" ".join(map(str, words))), raising=False)
-        ncdpo.train(config(runs=str(runs)))
-    return runs / "CartPole-v1__ncdpo__1", "\n".join(printed)
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of the finished run."""
-    return Path(shutil.copytree(finished[0], tmp_path / "run"))
-
-
-@pytest.mark.parametrize("algo, env", [("ncdpo", "CartPole-v1"), ("dppo", "Pendulum-v1"), ("ppo", "Hopper-v4")])
-def test_same_seed_gives_the_same_metrics_and_another_seed_gives_others(tmp_path, algo, env):
-    def metrics(seed, name):
-        c = config(algo=algo, env=env, seed=seed, runs=str(tmp_path / name), total_timesteps=128)
-        trainer = ncdpo.Trainer(c)
-        Path(c.runs).mkdir()
-        ncdpo.run_updates(trainer, Path(c.runs))
-        return rows_of(Path(c.runs))
-
-    one, again, other = metrics(1, "one"), metrics(1, "again"), metrics(2, "other")
-    assert len(one) == 2 and one == again
-    assert all(a["value_loss"] != b["value_loss"] for a, b in zip(one, other))
-
-
-def test_a_run_is_never_overwritten(tmp_path, run):
-    before = contents(run)
-    c = config(runs=str(tmp_path), seed=9)
-    names = []
-    for _ in range(3):
-        names.append(ncdpo.new_run_folder(c).name)
-        (tmp_path / names[-1] / "mine").write_text(names[-1])
-    assert names == ["CartPole-v1__ncdpo__9", "CartPole-v1__ncdpo__9-2", "CartPole-v1__ncdpo__9-3"]
-    assert all((tmp_path / name / "mine").read_text() == name for name in names) and contents(run) == before
-
-
-def test_checkpoint_restores_everything(run, tmp_path):
-    trainer, saved = ncdpo.Trainer(config(total_timesteps=512)), checkpoint_of(run) | {"rate": 1e-4}
-    torch.save(saved, run / "checkpoint.pt")
-    trainer.save(tmp_path)
-    fresh = checkpoint_of(tmp_path)
-    assert not any(same(fresh[name], saved[name]) for name in ("agent", "optimizer", "random", "update"))
-    trainer.resume(run)
-    trainer.save(tmp_path)
-    assert same(checkpoint_of(tmp_path), saved) and torch.equal(torch.get_rng_state(), saved["random"])
-    assert trainer.seconds == saved["seconds"] > 0
-    assert saved["agent"]["obs_norm.count"] == saved["agent"]["reward_norm.count"] == 256
-    row = trainer.iterate()
-    assert (row["update"], row["step"]) == (5, 320) and row["learning_rate"] == pytest.approx(5e-4 * (1 - 4 / 8))
-
-
-def test_resumed_run_equals_one_that_was_never_interrupted(tmp_path, monkeypatch):
-    """In an environment whose episodes end with each rollout and start alike, nothing may differ by a bit."""
-    c = config(env="TinyFixed-v0", checkpoint_every=2, total_timesteps=320, runs=str(tmp_path / "whole"))
-    ncdpo.train(c)
-    iterate = ncdpo.Trainer.iterate
-
-    def power_cut(self):
-        if self.done == 3:
-            raise MemoryError
-        return iterate(self)
-
-    monkeypatch.setattr(ncdpo.Trainer, "iterate", power_cut)
-    c.runs = str(tmp_path / "cut")
-    with pytest.raises(MemoryError):
-        ncdpo.train(c)
-    monkeypatch.undo()
-    whole, cut = (tmp_path / name / "TinyFixed-v0__ncdpo__1" for name in ("whole", "cut"))
-    assert checkpoint_of(cut)["update"] == 2 and len(rows_of(cut)) == 3  # a row that no checkpoint has
-    history = ncdpo.train(c, resume=cut)
-    assert history["update"].tolist() == [1, 2, 3, 4, 5] and (np.diff(history["seconds"]) > 0).all()
-    assert rows_of(cut) == rows_of(whole) and same(checkpoint_of(cut), checkpoint_of(whole))
-
-
-def test_resumed_run_plays_new_episodes(run):
-    starts, state = [], checkpoint_of(run)
-    for update in (4, 2):  # nor does it play the same ones wherever it goes on from
-        torch.save({**state, "update": update}, run / "checkpoint.pt")
-        trainer = ncdpo.Trainer(config(total_timesteps=512))
-        starts += [trainer.obs] * (not starts)
-        trainer.resume(run)
-        starts.append(trainer.obs)
-    assert len(torch.cat(starts).unique()) == 3 * starts[0].numel()
-
-
-def test_printed_evaluation_is_that_of_a_later_one(finished):
-    run, printed = finished
-    later = ncdpo.describe(ncdpo.evaluate(run, 2, "cpu")).splitlines()
-    assert [line.split(":")[0].strip() for line in later] == ["exploring", "mean action", "eta 0"]
-    assert all("return" in line and line in printed.splitlines() for line in later)
-
-
-def test_evaluation_leaves_random_state_and_run_alone(run):
-    before, files = torch.get_rng_state(), contents(run)
-    np.random.seed(0)
-    numbers = np.random.get_state()[1].copy()
-    one, two = ncdpo.evaluate(run, 3, "cpu"), ncdpo.evaluate(run, 3, "cpu")
-    assert all(np.array_equal(one[way]["return"], two[way]["return"]) for way in ("exploring", "mean action", "eta 0"))
-    assert contents(run) == files
-    assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numbers)
-
-
-@pytest.mark.parametrize("algo", ["ncdpo", "ppo"])
-def test_evaluation_plays_one_whole_episode_in_each_environment(tmp_path, algo):
-    history = ncdpo.train(config(env="Tiny-v0", algo=algo, runs=str(tmp_path), total_timesteps=64, episodes=1))
-    assert history["length"] == 8 and history["return"] >= 8 * 5
-    result = ncdpo.evaluate(tmp_path / f"Tiny-v0__{algo}__1", 5, "cpu")
-    assert (ways := list(result)) == ["exploring", "mean action", "eta 0"][:2 if algo == "ppo" else 3]
-    for way in ways:
-        assert result[way]["length"].tolist() == [8] * 5
-        assert len(set(result[way]["return"])) == 5  # each has a start of its own, which is in its rewards
-        assert (8 * 5 <= result[way]["return"]).all() and (result[way]["return"] <= 8 * 8).all()
-
-
-def test_evaluation_counts_first_episodes_and_leaves_the_noise_out_where_it_says_so(run, monkeypatch):
-    step, sample, played = VectorEnv.step, ncdpo.Categorical.sample, []
-    monkeypatch.setattr(VectorEnv, "step", lambda *given: played.append(step(*given)) or played[-1])
-    monkeypatch.setattr(ncdpo.Categorical, "sample", lambda *given: sample(*given) * bool(given[-1].any()))
-    result = ncdpo.evaluate(run, 8, "cpu")
-    ended = torch.stack([terminated | truncated for _, _, terminated, truncated, _ in played]).int()
-    for way in ("exploring", "mean action", "eta 0"):
-        n = int(result[way]["length"].max())
-        part, ended = ended[:n], ended[n:]
-        assert result[way]["length"].tolist() == result[way]["return"].tolist() == (part.argmax(0) + 1).tolist()
-        assert (n <= 11) == (way != "exploring")  # a cart that is always pushed to the left falls within 11 steps
-    assert not len(ended)
-
-
-def test_evaluation_and_film_of_a_task_without_an_end_stop_at_max_steps(film, tmp_path):
-    run = untrained(tmp_path, env="Tiny-v0")
-    saved_as = run / "config.json"
-    saved_as.write_text(saved_as.read_text().replace("Tiny-v0", "TinyEndless-v0"))
-    assert [x["length"].tolist() for x in ncdpo.evaluate(run, 2, "cpu", max_steps=9).values()] == 3 * [[9, 9]]
-    assert len(film.play(run, "cpu", max_steps=11)[2]) == 11
-
-
-def test_evaluation_normalises_as_training_did_and_starts_elsewhere(run, monkeypatch):
-    reset, step, mean, norm = VectorEnv.reset, VectorEnv.step, ncdpo.NCDPO.mean, checkpoint_of(run)["agent"]
-    starts, shown, seen = [], [], []
-    monkeypatch.setattr(VectorEnv, "reset", lambda *given: starts.append(reset(*given)) or starts[-1])
-    monkeypatch.setattr(VectorEnv, "step", lambda *given: (result := step(*given), shown.append(result[0]))[0])
-    monkeypatch.setattr(ncdpo.NCDPO, "mean", lambda self, obs, omega: seen.append(obs) or mean(self, obs, omega))
-    ncdpo.Trainer(config())
-    monkeypatch.delattr(ncdpo.Normalizer, "update")
-    ncdpo.evaluate(run, 2, "cpu")
-    training, *ways = starts
-    assert len(ways) == 3 and all(torch.equal(way, ways[0]) for way in ways) and not torch.isin(training, ways[0]).any()
-    shown = ((torch.cat(ways + shown) - norm["obs_norm.mean"]) / norm["obs_norm.var"].sqrt()).clamp(-10, 10)
-    assert torch.cdist(torch.cat(seen).double(), shown.double()).min(1).values.max() < 1e-4
-
-
-def test_evaluation_at_eta_0_is_that_of_the_mean_action_of_a_chain_without_noise(clone, tmp_path):
-    run = shutil.copytree(clone[0], tmp_path / "run")
-    result = ncdpo.evaluate(run, 3, "cpu")
-    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | {"eta": 0.0}))
-    returns = ncdpo.evaluate(run, 3, "cpu")["mean action"]["return"]
-    np.testing.assert_array_equal(returns, result["eta 0"]["return"])
-    assert not np.isin(returns, result["mean action"]["return"]).any()
-
-
-def test_ctrl_c_tells_how_to_go_on_and_loses_only_the_updates_since_the_checkpoint(tmp_path, capsys):
-    command = [sys.executable, str(HERE / "ncdpo.py"), "--env", "CartPole-v1", "--no-compile", "--device", "cpu",
-               "--num-envs", "16", "--num-steps", "16", "--minibatch-size", "256", "--episodes", "1",
-               "--runs", str(tmp_path), "--checkpoint-every", "3"]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in a shell's background
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    run, patience = tmp_path / "CartPole-v1__ncdpo__1", time.monotonic() + 120
-    while not ((run / "metrics.csv").is_file() and len(rows_of(run)) >= 4) and time.monotonic() < patience:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    done = checkpoint_of(run)["update"]
-    assert process.returncode == 130 and error == (
-        f"ncdpo: interrupted; update {done} is saved: python ncdpo.py --resume {run}\n")
-    assert done % 3 == 0 and 0 < done <= len(rows_of(run)) < done + 3
-    assert main(["--resume", str(run), "--total-timesteps", str(256 * (done + 1))]) == 0
-    assert [int(row["update"]) for row in rows_of(run)] == list(range(1, done + 2))
-
-
-def test_ctrl_c_before_a_checkpoint_says_that_there_is_none(tmp_path, monkeypatch, capsys):
-    def interrupted(trainer):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ncdpo.Trainer, "iterate", interrupted)
-    assert main(arguments("CartPole-v1", tmp_path)) == 130
-    assert capsys.readouterr().err == "ncdpo: interrupted; there is no checkpoint yet.\n"
-
-
-def test_metrics_have_a_column_for_each_thing_measured_and_an_empty_cell_is_not_a_number(run, tmp_path):
-    history = ncdpo.read_metrics(run)
-    assert list(history) == ncdpo.COLUMNS and all(len(column) == 4 for column in history.values())
-    unknown = [name for name, column in history.items() if np.isnan(column).all()]
-    assert unknown == ["success", "sigma", "chain_std"]  # CartPole knows no success, and a softmax has no sigma
-    assert history["step"].tolist() == [64, 128, 192, 256]
-    parts = history["seconds_rollout"] + history["seconds_update"]
-    np.testing.assert_allclose(parts, np.diff(history["seconds"], prepend=0), rtol=1e-3)
-    (tmp_path / "metrics.csv").write_text(",".join(ncdpo.COLUMNS) + "\n1,64" + "," * (len(ncdpo.COLUMNS) - 2) + "\n")
-    history = ncdpo.read_metrics(tmp_path)
-    assert history["step"] == 64 and all(np.isnan(history[name]).all() for name in ncdpo.COLUMNS[2:])
-
-
-# --- 11  command line: mistakes ---------------------------------------------------------------------------------------
-
-def arguments(env, runs, *more):
-    return ["--env", env, "--runs", str(runs), "--no-compile", "--device", "cpu", "--num-envs", "2", "--hidden", "8",
-            "--num-steps", "16", "--minibatch-size", "16", "--total-timesteps", "128", "--episodes", "1",
-            "--checkpoint-every", "1", *more]
-
-
-def complaint(capsys, *flags):
-    """The one line with which the program refuses; asserts that it is one."""
-    capsys.readouterr()
-    code, error = main([str(flag) for flag in flags]), capsys.readouterr().err
-    assert code == 2 and error.startswith("ncdpo: ") and error.endswith("\n") and error.count("\n") == 1, error
-    return error
-
-
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with CUDA")
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--env", "HalfCheeta-v4"], "Did you mean: `HalfCheetah`?"),
-    (["--env", "HalfCheetah-v9"], "environments: [ `v4`, `v5` ]"),  # Gymnasium lists v2 and v3, which are gone
-    (["--env", "Nothing-like-it"], "cannot make Nothing-like-it"),
-    (["--env", "nowhere:Thing-v0"], "nowhere"),
-    (["--env", "Hopper-v3"], "Hopper-v3"),  # its simulator is gone
-    (["--env", "TinyDict-v0"], "only Box"),
-    (["--env", "TinyMulti-v0"], "Discrete or"),
-    (["--env", "TinyUnbounded-v0"], "bounded flat Box"),
-    (["--denoising-steps", "0"], "--denoising-steps"),
-    (["--denoising-steps", "101"], "100"),
-    (["--total-timesteps", "100"], "--total-timesteps"),
-    (["--num-envs", "many"], "--num-envs"),
-    (["--episodes", "0"], "--episodes"),
-    (["--action-chunk", "2"], "chunk"),  # of Discrete actions
-    (["--demos", "some.npz"], "give --action-chunk 1"),  # the preset's 4 are for Box actions
-    (["--env", "TinyBox-v0", "--action-chunk", "2", "--total-timesteps", "2048"], "at least 4096"),
-    (["--algo", "dppo", "--scored-steps", "6"], "--denoising-steps"),
-    (["--num-envs", "2", "--minibatch-size", "1", "--total-timesteps", "64"], "--minibatch-size"),
-    (["--num-envs", "1", "--num-steps", "1", "--total-timesteps", "64"], "--num-steps"),  # nothing to normalise by
-    (["--algo", "ppo", "--denoising-steps", "3"], "--denoising-steps has no effect on --algo ppo"),
-    (["--algo", "ppo", "--min-std", "0.3"], "--min-std has no effect on --algo ppo"),
-    (["--scored-steps", "2"], "--scored-steps has no effect on --algo ncdpo"),
-    (["--bc-steps", "2"], "--bc-steps has no effect on --algo ncdpo without --demos"),
-    (["--algo", "dppo", "--init-std", "0.3"], "--init-std has no effect on --algo dppo"),
-    (["--algo", "dppo", "--no-chain-gradient"], "--chain-gradient has no effect on --algo dppo scoring 5 of 5 steps"),
-    (["--algo", "dppo", "--scored-steps", "1", "--gamma-denoising", "0.5"], "scoring 1 of 5 steps"),
-    (["--finetune-steps", "2"], "--finetune-steps would freeze a random network"),
-    (["--critic-warmup", "9", "--critic-learning-rate", "1e-3", "--total-timesteps", "8192"], "none of 4 updates"),
-    (["--algo", "sac"], "--algo"),
-    (["--momentum", "0.9"], "--momentum"),
-    (["--total", "5000"], "--total"),  # an abbreviation would be guessed
-    (["--vector", "envpool"], "--vector"),
-    (["--device", "nonsense"], "--device"),
-    pytest.param(["--device", "cuda"], "--device cuda", marks=no_cuda),
-    (["--resume", "nowhere"], "nowhere"),
-    (["--evaluate", "nowhere"], "nowhere"),
-])
-def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capsys, flags, words):
-    if not {"--env", "--resume", "--evaluate"} & set(flags):
-        flags = ["--env", "CartPole-v1", *flags]
-    assert words in complaint(capsys, "--runs", tmp_path / "runs", "--no-compile", *flags)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_file_alone_in_a_folder_trains_and_says_what_it_cannot_do(tmp_path):
-    shutil.copy(HERE / "ncdpo.py", tmp_path)
-    run = lambda *flags: subprocess.run([sys.executable, "ncdpo.py", *map(str, flags)], capture_output=True, text=True,
-                                        cwd=tmp_path)
-    small = ["--num-steps", "32", "--total-timesteps", "2048", "--no-compile", "--episodes", "1"]
-    assert run("--env", "Hopper-v4", *small).returncode == 0
-    row = rows_of(tmp_path / "runs" / "Hopper-v4__ncdpo__1")[-1]
-    assert row["approx_kl"] and not row["chain_std"] and not row["sigma"]
-    saved_as = tmp_path / "runs" / "Hopper-v4__ncdpo__1" / "config.json"
-    saved_as.write_text(saved_as.read_text().replace('"demos": null', '"demos": "demos.npz"'))
-    assert run("--evaluate", saved_as.parent, "--episodes", 1).returncode == 0
-    refused = run("--env", "Hopper-v4", "--demos", "demos.npz", "--total-timesteps", 0)
-    assert refused.returncode == 2 and "needs this project's notebooks/cloning.py" in refused.stderr
-
-
-def test_runs_that_cannot_be_a_folder_is_a_mistake(tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    assert "file" in complaint(capsys, *arguments("CartPole-v1", tmp_path / "file"))
-    assert contents(tmp_path) == {Path("file"): b"mine"}
-
-
-@pytest.mark.parametrize("flag", ["--evaluate", "--resume"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "list", "harmful", "config"])
-def test_a_damaged_run_is_told_in_one_line(run, capsys, flag, damage):
-    class Harmful:
-        def __reduce__(self):  # what its file does to whoever reads it
-            return Path.touch, (run / "harm",)
-
-    path = run / "checkpoint.pt"
-    if damage == "missing":
-        path.unlink()
-    elif damage in ("foreign", "list", "harmful"):
-        torch.save({"foreign": {"model": torch.ones(2)}, "list": [1, 2], "harmful": Harmful()}[damage], path)
-    elif damage == "config":
-        (run / "config.json").write_text('{"learning_speed": 1}')
-    else:
-        path.write_bytes({"empty": b"", "text": b"hello\n", "truncated": path.read_bytes()[:5000]}[damage])
-    before = contents(run)
-    assert str(run) in complaint(capsys, flag, run, *([] if flag == "--evaluate" else ["--total-timesteps", "512"]))
-    assert contents(run) == before
-
-
-def test_resume_refuses_another_task_or_policy_or_chain(run, capsys):
-    """Also where the weights would fit: a run must not silently become another one."""
-    before, kept = contents(run), ncdpo.load_config(run)
-    for name in vars(kept).keys() - set(ncdpo.MAY_CHANGE["resume"]):
-        with pytest.raises(UserError, match=f"leave out --{name.replace('_', '-')}.$"):
-            ncdpo.train(dataclasses.replace(kept, total_timesteps=4096, **{name: "another"}), resume=run)
-    for flag, value in (("--env", "Tiny-v0"), ("--algo", "dppo"), ("--temperature", "0.5"), ("--demos", "some.npz")):
-        assert f"leave out {flag}." in complaint(capsys, "--resume", run, "--total-timesteps", "4096", flag, value)
-    assert contents(run) == before
-
-
-def test_resume_refuses_a_finished_run_and_another_verb(run, capsys):
-    before = contents(run)
-    assert "--total-timesteps" in complaint(capsys, "--resume", run)
-    assert "not allowed with" in complaint(capsys, "--resume", run, "--evaluate", run)
-    assert contents(run) == before
-
-
-@pytest.mark.parametrize("flags", [["--episodes", "0"], ["--episodes", "-3"], ["--device", "nonsense"],
-                                   ["--eta", "0.5"], ["--env", "Hopper-v4"]])
-def test_evaluation_refuses_bad_numbers_and_what_it_would_ignore(run, capsys, flags):
-    assert flags[0] in complaint(capsys, "--evaluate", run, *flags)
-
-
-def test_a_run_is_evaluated_in_another_task_of_the_same_spaces(clone, capsys):
-    assert main(["--evaluate", str(clone[0]), "--env", "TinyEnds-v0", "--episodes", "2", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.count("length 7.0") == 3  # where it was trained an episode has 8 steps
-
-
-def test_evaluate_prints_as_many_episodes_as_asked_for(run, capsys):
-    assert main(["--evaluate", str(run), "--episodes", "3", "--device", "cpu"]) == 0
-    expected = ncdpo.describe(ncdpo.evaluate(run, 3, "cpu")).splitlines()
-    assert capsys.readouterr().out.splitlines()[:3] == expected[:3]
-
-
-@pytest.mark.parametrize("given", [
-    dict(algo="sac"), dict(predict="x0"), dict(gamma=1.5), dict(eta=-0.5), dict(gae_lambda=1.1),
-    dict(gamma_denoising=-0.1), dict(ent_coef=-1), dict(vf_coef=-1), dict(num_envs=0), dict(num_steps=-1),
-    dict(update_epochs=0), dict(seed=-1), dict(checkpoint_every=0), dict(learning_rate=math.nan),
-    dict(clip_coef=math.inf), dict(target_kl=math.nan)])
-def test_configurations_made_in_python_are_checked_too(given):
-    with pytest.raises(UserError, match="--" + next(iter(given)).replace("_", "-")):
-        config(**given).check()
-
-
-def test_defaults_are_the_presets_of_the_task_but_for_what_is_given():
-    hopper, cloning = ncdpo.PRESETS["Hopper"], ncdpo.PRESETS["demonstrations"]
-    parsed = ncdpo.parse(["--env", "Hopper-v4", "--gamma", "0.5"])[0]
-    made = ncdpo.Config.for_task("x/Hopper-v5", gamma=0.5)
-    for c in (parsed, made):
-        assert (c.gamma, c.init_std, c.min_std) == (0.5, hopper["init_std"], hopper["min_std"])
-        assert c.learning_rate == ncdpo.Config.learning_rate and hopper["init_std"] != ncdpo.Config.init_std
-    ncdpo.parse(["--algo", "ppo", "--denoising-steps", "5"])  # a default may be repeated, also where it has no effect
-    c = ncdpo.parse(["--env", "Hopper-v4", "--demos", "some.npz", "--gamma", "0.5"])[0]
-    assert (c.gamma, c.init_std, c.action_chunk) == (0.5, cloning["init_std"], cloning["action_chunk"])
-
-
-def test_a_run_that_starts_from_another_takes_over_its_settings_but_not_its_end(tmp_path):
-    kept = dict(env="Pendulum-v1", eta=0.5, seed=7, action_chunk=3)
-    left = dict(total_timesteps=77, demos="old.npz", stop_at_return=3.0, runs="elsewhere")
-    (tmp_path / "config.json").write_text(json.dumps(kept | left))
-    c, *others = ncdpo.parse(["--init-from", str(tmp_path), "--seed", "8", "--demos", "new.npz"])
-    assert c == ncdpo.Config(**kept | dict(seed=8, demos="new.npz", init_from=str(tmp_path))) and others == [None, None]
-    c, resume, _ = ncdpo.parse(["--resume", str(tmp_path), "--total_timesteps=78"])  # underscores do as well
-    assert c == ncdpo.Config(**kept | left | dict(total_timesteps=78)) and resume == str(tmp_path)
-
-
-def test_help_says_what_each_field_is_and_its_default(capsys):
-    documented = {name: text for fields in ncdpo.documented_fields().values() for name, text in fields.items()}
-    assert list(documented) == [field.name for field in dataclasses.fields(ncdpo.Config)]
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    printed = " ".join(capsys.readouterr().out.split())
-    for name, text in documented.items():
-        assert f"--{name.replace('_', '-')}" in printed
-        assert re.sub(r"\s", "", f"{text} [{getattr(ncdpo.Config, name)}]") in re.sub(r"\s", "", printed)
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer failed\nat ...")])
-def test_a_full_disk_keeps_the_previous_checkpoint(run, capsys, monkeypatch, error):
-    before = (run / "checkpoint.pt").read_bytes()
-
-    def full(state, file):
-        file.write(b"half a checkpoint")
-        raise error
-
-    monkeypatch.setattr(torch, "save", full)
-    assert "cannot write" in complaint(capsys, "--resume", run, "--total-timesteps", "512")
-    assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob("*.tmp"))
-    assert len(rows_of(run)) >= 4
-    monkeypatch.undo()
-    assert main(["--resume", str(run), "--total-timesteps", "512"]) == 0
-    assert [row["update"] for row in rows_of(run)] == [str(i) for i in range(1, 9)]
-
-
-@pytest.mark.parametrize("wrong", ["observation", "infinity", "reward", "exception"])
-def test_an_environment_that_breaks_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, wrong):
-    monkeypatch.setattr(Tiny, "made_to_fail", (40, wrong))  # in the third rollout of 16 steps
-    error = complaint(capsys, *arguments("TinyBox-v0", tmp_path))
-    run = tmp_path / "TinyBox-v0__ncdpo__1"
-    assert f"--resume {run}" in error
-    assert ("in step: the physics exploded" if wrong == "exception" else "not finite in update 3") in error
-    state = checkpoint_of(run)
-    assert state["update"] == len(rows_of(run)) == 2
-    assert all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
-
-
-def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
-    loss, calls = ncdpo.ppo_loss, []
-
-    def poisoned(*args, **batch):
-        calls.append(1)
-        value, diagnostics = loss(*args, **batch)
-        return (value, diagnostics) if len(calls) <= 2 * 2 * 5 else (value * math.nan, diagnostics)
-
-    monkeypatch.setattr(ncdpo, "ppo_loss", poisoned)
-    assert "update 3" in complaint(capsys, *arguments("TinyBox-v0", tmp_path))
-    state = checkpoint_of(tmp_path / "TinyBox-v0__ncdpo__1")
-    assert state["update"] == 2 and all(torch.isfinite(tensor).all() for tensor in state["agent"].values())
-
-
-# --- notebooks/demos.py and notebooks/film.py ------------------------------------------------------------------------
-
-def untrained(runs, **given):
-    """A run folder whose policy has only seen one update."""
-    ncdpo.train(config(runs=str(runs), num_steps=16, total_timesteps=32 * given.get("action_chunk", 1), **given))
-    return next(runs.glob("*__1"))
-
-
-def script(name):
-    """A fixture: the module notebooks/<name>.py, imported as its own program would be."""
-    @pytest.fixture(name=name)
-    def module(monkeypatch):
-        monkeypatch.syspath_prepend(str(HERE / "notebooks"))
-        return pytest.importorskip(name)
-    return module
-
-
-demos, film, curves, speed = map(script, ("demos", "film", "curves", "speed"))
-
-
-def scripts_complaint(capsys, script, *line):
-    """The one line with which a script refuses; asserts that it is one."""
-    capsys.readouterr()
-    code, said = script.main([str(word) for word in line]), capsys.readouterr()
-    assert code == 2 and said.err.startswith(f"{script.__name__}: ") and said.err.count("\n") == 1 and said.out == ""
-    return said.err
-
+# --- notebooks/demos.py ----------------------------------------------------------------------------------------------
 
 def saved_hdf5(path, arrays):
     names = dict(terminations="terminals", truncations="timeouts")
@@ -2026,6 +2643,22 @@ def loaded(path):
     with np.load(path, allow_pickle=False) as file:
         assert set(file) == set(cloning.DEMO_KEYS)
         return dict(file)
+
+
+def test_training_stops_once_twenty_episodes_have_the_mean_return_asked_for(demos, tmp_path, monkeypatch, capsys):
+    # episodes and their mean return in each update; (19 * 9.9 + 12) / 20 is the first mean above 10
+    reports = iter([(1, 100.0), (30, 0.0), (1, 100.0), (0, math.nan), (5, 15.0), (20, 9.9), (1, 12.0)])
+
+    def iterate(trainer):
+        trainer.done += 1
+        return dict(zip(("episodes", "return"), next(reports)), update=trainer.done, step=64 * trainer.done)
+
+    monkeypatch.setattr(ncdpo.Trainer, "iterate", iterate)
+    monkeypatch.setattr(ncdpo, "Trainer", ncdpo.Trainer)  # put back after the test
+    assert demos.main(["train", "10", *arguments("CartPole-v1", tmp_path), "--total-timesteps", "4096"]) == 0
+    run = tmp_path / "CartPole-v1__ncdpo__1"
+    assert ncdpo.read_metrics(run)["update"].tolist() == [1, 2, 3, 4, 5, 6, 7] and checkpoint_of(run)["update"] == 7
+    assert ncdpo.describe(ncdpo.evaluate(run, 1)) in capsys.readouterr().out
 
 
 def test_recorded_demonstrations_are_what_the_run_plays(demos, clone, tmp_path, capsys):
@@ -2044,15 +2677,17 @@ def test_recorded_demonstrations_are_what_the_run_plays(demos, clone, tmp_path, 
     cloning.load(str(path), VectorEnv("TinyBox-v0", 2, CPU, chunk=2))
 
 
-@pytest.mark.parametrize("env, least", [("Tiny-v0", 5), ("TinyBox-v0", -1), ("TinyWide-v0", -2)])
+@pytest.mark.parametrize("env, least", [
+    ("Tiny-v0", 5), ("TinyBox-v0", -1), ("TinyWide-v0", -2), ("TinyOdd-v0", -1), ("TinyWhole-v0", -3)])
 def test_recorded_actions_are_those_of_the_task_in_its_dtype(demos, tmp_path, env, least):
     run, played, step = untrained(tmp_path, env=env, init_std=2.0), [], Tiny.step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tiny, "step", lambda self, action: played.append(action) or step(self, action))
-        assert demos.main(["record", str(run), str(tmp_path / "own.npz"), "--steps", "50", "--device", "cpu"]) == 0
-    actions = loaded(tmp_path / "own.npz")["actions"]  # at a bound where the Gaussian asked for more
-    np.testing.assert_array_equal(actions, np.array(played))
-    assert actions.dtype == gym.make(env).action_space.dtype and least <= actions.min()
+        assert demos.main(["record", str(run), str(tmp_path / "own.npz"), "--steps", "50"]) == 0
+    own = loaded(tmp_path / "own.npz")  # at a bound where the Gaussian asked for more
+    np.testing.assert_array_equal(own["actions"], np.array(played))
+    assert own["actions"].dtype == gym.make(env).action_space.dtype and least <= own["actions"].min()
+    assert own["observations"].dtype == np.float32
 
 
 def test_a_new_episode_asks_for_a_new_chunk(demos, tmp_path, monkeypatch):
@@ -2065,7 +2700,7 @@ def test_a_new_episode_asks_for_a_new_chunk(demos, tmp_path, monkeypatch):
         return torch.linspace(-0.3, 0.3, 4).repeat_interleave(2)[None], None, None
 
     monkeypatch.setattr(ncdpo.NCDPO, "sample", sample)
-    own = demos.record(run, 63, False, "cpu")
+    own = demos.record(run, 63, False)
     assert asked == [0, 4, 8, 12, 16, 20] * 3
     whole = np.linspace(-0.3, 0.3, 4).tolist() * 5 + [-0.3]
     np.testing.assert_allclose(own["actions"][0, :, 0], 2 + 4 * np.tile(whole, 3), rtol=1e-6)
@@ -2073,11 +2708,16 @@ def test_a_new_episode_asks_for_a_new_chunk(demos, tmp_path, monkeypatch):
 
 def test_recorded_episodes_start_elsewhere_than_those_of_training_and_evaluation(demos, clone, monkeypatch):
     reset, starts = VectorEnv.reset, []
-    monkeypatch.setattr(VectorEnv, "reset", lambda *given: starts.append(reset(*given)[:, 0]) or reset(*given))
+
+    def watched(*given, **more):
+        starts.append(reset(*given, **more)[:, 0])
+        return reset(*given, **more)
+
+    monkeypatch.setattr(VectorEnv, "reset", watched)
     ncdpo.Trainer(config(env="TinyBox-v0"))
-    ncdpo.evaluate(clone[0], 2, device="cpu")
-    demos.record(clone[0], 4000, False, "cpu")
-    assert len(starts[-1]) == 2 and not torch.isin(starts[-1], torch.cat(starts[:-1])).any()
+    ncdpo.evaluate(clone[0], 2)
+    demos.record(clone[0], 30, False)
+    assert len(starts[-1]) == 1 and not torch.isin(starts[-1], torch.cat(starts[:-1])).any()
 
 
 def test_d4rl_files_become_the_same_numbers(demos, tmp_path, capsys):
@@ -2107,20 +2747,31 @@ def test_several_sources_become_one_file(demos, tmp_path, capsys):
     assert not (tmp_path / "e.npz").exists()
 
 
-def test_minari_datasets_become_the_same_numbers(demos, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def tiny_minari(tmp_path, monkeypatch):
+    """Minari, and a function that keeps demonstrations of TinyBox-v0 there, each episode with a last observation."""
     pytest.importorskip("h5py")
     minari = pytest.importorskip("minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    tiny, buffers = tiny_demos(), []
-    for e in range(4):
-        one = {key: array[tiny["observations"][:, 0] == e] for key, array in tiny.items()}
-        one["observations"] = np.concatenate([one["observations"], np.full((1, 6), 99, np.float32)])  # where it ended
-        one = {key: list(array) if array.ndim == 1 else array for key, array in one.items()}
-        buffers.append(minari.data_collector.EpisodeBuffer(**one))
-    space = gym.spaces.Box(-np.inf, np.inf, (6,), np.float32)
-    minari.create_dataset_from_buffers("tiny/box-v0", buffers, observation_space=space, action_space=BOX,
-                                       algorithm_name="-", author="-", author_email="-", code_permalink="-",
-                                       description="-")
+
+    def create(name, tiny):
+        buffers = []
+        for e in range(4):
+            one = {key: array[tiny["observations"][:, 0] == e] for key, array in tiny.items()}
+            one["observations"] = np.concatenate([one["observations"], np.full((1, 6), 99, np.float32)])
+            one = {key: list(array) if array.ndim == 1 else array for key, array in one.items()}
+            buffers.append(minari.data_collector.EpisodeBuffer(**one))
+        minari.create_dataset_from_buffers(name, buffers, action_space=BOX, algorithm_name="-", author="-",
+                                           observation_space=gym.spaces.Box(-np.inf, np.inf, (6,), np.float32),
+                                           author_email="-", code_permalink="-", description="-")
+
+    return minari, create
+
+
+def test_minari_datasets_become_the_same_numbers(demos, tiny_minari, tmp_path, monkeypatch, capsys):
+    minari, create = tiny_minari
+    tiny = tiny_demos()
+    create("tiny/box-v0", tiny)
     assert demos.main(["convert", "minari:tiny/box-v0", str(tmp_path / "d.npz")]) == 0
     for key, array in loaded(tmp_path / "d.npz").items():
         np.testing.assert_allclose(array, tiny[key], rtol=1e-6)
@@ -2128,6 +2779,20 @@ def test_minari_datasets_become_the_same_numbers(demos, tmp_path, monkeypatch, c
     monkeypatch.setattr(minari, "list_remote_datasets", lambda: 1 / 0)  # no network
     flags = "convert", "minari:tiny/boxx-v0", tmp_path / "e.npz"
     assert "did you mean tiny/box-v0" in scripts_complaint(capsys, demos, *flags)
+
+
+def test_minaris_episodes_end_also_where_no_flag_says_so(demos, tiny_minari, tmp_path, monkeypatch, capsys):
+    minari, create = tiny_minari
+    tiny = tiny_demos()
+    last = np.flatnonzero(tiny["terminations"] | tiny["truncations"])
+    create("tiny/flagless-v0", tiny | {"truncations": np.zeros(30, bool)})
+    assert demos.main(["convert", "minari:tiny/flagless-v0", str(tmp_path / "d.npz")]) == 0
+    assert "4 whole episodes" in capsys.readouterr().out
+    made = loaded(tmp_path / "d.npz")
+    assert np.flatnonzero(made["terminations"]).tolist() == last[::2].tolist()  # as they were
+    assert np.flatnonzero(made["truncations"]).tolist() == last[1::2].tolist()
+    monkeypatch.setattr(minari, "load_dataset", lambda name, download: [])
+    assert "has no step" in scripts_complaint(capsys, demos, "convert", "minari:a/b-v0", tmp_path / "e.npz")
 
 
 @pytest.mark.parametrize("package, source", [("h5py", "d.hdf5"), ("minari", "minari:a/b-v0")])
@@ -2154,18 +2819,41 @@ def test_damaged_d4rl_files_are_told_in_one_line(demos, tmp_path, capsys, damage
 def test_demos_refuses_what_it_cannot_do(demos, clone, tmp_path, capsys):
     (tmp_path / "mine.npz").write_bytes(b"mine")
     for line, words in (("mine.npz --steps 9", "exists"), ("none/own.npz --steps 9", "folder"),
-                        ("x --steps 0", "--steps"), ("x --device nonsense", "--device")):
+                        ("x --steps 0", "--steps")):
         out, *flags = line.split()
         assert words in scripts_complaint(capsys, demos, "record", clone[0], tmp_path / out, *flags)
     assert "no run folder" in scripts_complaint(capsys, demos, "record", tmp_path, tmp_path / "x")
+    with pytest.raises(SystemExit):
+        demos.main(["record", str(clone[0]), str(tmp_path / "x"), "--stepz", "9"])
     assert (tmp_path / "mine.npz").read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
+
+
+# --- notebooks/film.py -----------------------------------------------------------------------------------------------
+
+class Odd(Tiny):
+    """Tiny as others write their tasks: observations are lists, rewards arrays, and frames of many kinds."""
+
+    metadata, shade = {"render_modes": ["rgb_array"], "render_fps": None}, None
+
+    def observe(self, action):
+        return super().observe(action).tolist()
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, np.array([reward]), *rest
+
+    def render(self):
+        return self.shade(7 * self.t)
+
+
+gym.register("Odd-v0", entry_point=Odd, max_episode_steps=9)
 
 
 def film_of(film, capsys, run, out):
     """Number of frames, shade of each, milliseconds in all, steps and return of a film of Tiny."""
     image = pytest.importorskip("PIL.Image")
     capsys.readouterr()
-    assert film.main([str(run), str(out), "--device", "cpu"]) == 0
+    assert film.main([str(run), str(out)]) == 0
     printed = re.search(r"of (\d+) steps with the return (\S+), (\d+) frames", capsys.readouterr().out)
     steps, score, count = printed.groups()
     shades, time = [], 0
@@ -2179,30 +2867,74 @@ def film_of(film, capsys, run, out):
     return shades, time, int(steps), float(score)
 
 
-@pytest.mark.parametrize("env, fps, every", [("Tiny-v0", 20, 2), ("TinyBox-v0", 50, 2), ("TinyWide-v0", 125, 3)])
-def test_film_shows_an_evaluations_episode_at_its_true_speed(film, tmp_path, capsys, monkeypatch, env, fps, every):
+@pytest.mark.parametrize("algo, env, fps", [
+    ("ncdpo", "Tiny-v0", 20), ("dppo", "TinyBox-v0", 50), ("ppo", "TinyBox-v0", 50), ("ncdpo", "TinyWide-v0", 125)])
+def test_film_shows_an_evaluations_episode_at_its_true_speed(film, tmp_path, capsys, monkeypatch, algo, env, fps):
     """Every other step, or as many as make fifty frames a second; chunks are played action by action."""
+    every = 3 if fps == 125 else 2
     monkeypatch.setitem(Tiny.metadata, "render_fps", fps)
-    run = untrained(tmp_path, env=env, action_chunk=1 if env == "Tiny-v0" else 4, init_std=2.0)
+    run = untrained(tmp_path, env=env, algo=algo, action_chunk=1 if env == "Tiny-v0" else 4, init_std=2.0)
     shades, time, steps, score = film_of(film, capsys, run, tmp_path / "film.gif")
-    expected = ncdpo.evaluate(run, 1, device="cpu")["mean action"]
+    expected = ncdpo.evaluate(run, 1)["mean action"]
     assert score == pytest.approx(expected["return"][0], abs=0.06) and steps == expected["length"][0]
-    assert shades == [7 * t for t in range(0, steps, every)]
+    assert shades == [7 * t for t in range(0, steps + 1, every)]
     assert time == pytest.approx(1000 * every * len(shades) / fps, abs=10)
 
 
+@pytest.mark.parametrize("fps", [0, None])
+@pytest.mark.parametrize("shade", [
+    lambda x: np.full((32, 48, 3), x / 255, np.float32), lambda x: np.full((32, 48, 3), float(x)),
+    lambda x: np.full((32, 48), x, np.uint8), lambda x: np.full((32, 48, 1), x / 255),
+    lambda x: np.full((32, 48, 4), x, np.uint8), lambda x: [[[x] * 3] * 48] * 32],
+    ids=["up to 1", "up to 255", "grey", "grey up to 1", "alpha", "list"])
+def test_film_takes_frames_observations_and_rewards_of_many_kinds(film, tmp_path, capsys, monkeypatch, shade, fps):
+    monkeypatch.setattr(Odd, "shade", staticmethod(shade))
+    monkeypatch.setitem(Odd.metadata, "render_fps", fps)
+    run = untrained(tmp_path, env="Odd-v0")
+    shades, time, steps, score = film_of(film, capsys, run, tmp_path / "film.gif")
+    assert shades == [0, 14, 28, 42, 56] and steps == 9  # at 30 a second
+    assert time == pytest.approx(1000 * 2 * 5 / 30, abs=10)
+    assert score == pytest.approx(ncdpo.evaluate(run, 1)["mean action"]["return"][0], abs=0.06)
+
+
+@pytest.mark.parametrize("env, chunk", [("Hopper-v4", 1), ("Walker2d-v5", 1), ("Hopper-v4", 4)])
+def test_film_of_a_batched_task_draws_the_states_that_are_played(film, tmp_path, monkeypatch, env, chunk):
+    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+    run = untrained(tmp_path, env=env, action_chunk=chunk)
+    drawn, seen, act = [], [], ncdpo.Agent.act
+
+    def render(renderer, mode):
+        drawn.append(np.concatenate([renderer.data.qpos[1:], renderer.data.qvel]))
+        return np.zeros((2, 2, 3), np.uint8)
+
+    monkeypatch.setattr(MujocoRenderer, "render", render)
+    monkeypatch.setattr(ncdpo.Agent, "act", lambda self, obs, *noise: seen.append(obs[1]) or act(self, obs, *noise))
+    frames, fps, rewards = film.play(run)
+    steps, every = len(rewards), 3  # of 125 a second
+    assert fps == pytest.approx(125 / 3) and len(frames) == steps // 3 + 1 and len(seen) == math.ceil(steps / chunk)
+    for t in range(0, steps, math.lcm(every, chunk)):  # velocities are cut off at 10
+        np.testing.assert_allclose(drawn[t // every].clip(-10, 10), seen[t // chunk].clip(-10, 10), atol=1e-12)
+    monkeypatch.undo()
+    expected = ncdpo.evaluate(run, 1)["mean action"]
+    assert steps == expected["length"][0] and sum(rewards) == pytest.approx(expected["return"][0], rel=1e-5)
+
+
 @pytest.mark.parametrize("env", ["CartPole-v1", "Hopper-v4"])
-def test_film_of_a_real_task(film, tmp_path, capsys, env):
-    try:
-        task = gym.make(env, render_mode="rgb_array")
-        task.reset()
-        task.render()
-    except Exception as error:  # no pygame, no screen
-        pytest.skip(str(error))
+def test_film_of_a_real_task(film, tmp_path, env):
     run = untrained(tmp_path, env=env)
-    frames, _, rewards = film.play(run, "cpu")
-    assert len(rewards) == ncdpo.evaluate(run, 1, device="cpu")["mean action"]["length"][0]
+    try:
+        frames, _, rewards = film.play(run)
+    except UserError as error:  # no pygame, no screen
+        pytest.skip(str(error))
+    assert len(rewards) == ncdpo.evaluate(run, 1)["mean action"]["length"][0]
     assert frames[0].dtype == np.uint8 and frames[0].ndim == 3 and (frames[0] != frames[-1]).any()
+
+
+def test_film_of_a_task_without_an_end_stops_at_max_steps(film, tmp_path):
+    run = untrained(tmp_path, env="Tiny-v0")
+    saved_as = run / "config.json"
+    saved_as.write_text(saved_as.read_text().replace("Tiny-v0", "TinyEndless-v0"))
+    assert len(film.play(run, max_steps=11)[2]) == 11
 
 
 def test_strip_shows_evenly_spaced_moments_and_is_white_where_an_episode_has_ended(film):
@@ -2213,25 +2945,175 @@ def test_strip_shows_evenly_spaced_moments_and_is_white_where_an_episode_has_end
     assert (picture[4:, 12:] == 255).all()
 
 
+def raised(error):
+    raise error
+
+
 def test_film_refuses_what_it_cannot_do(film, clone, tmp_path, capsys, monkeypatch):
     assert "folder" in scripts_complaint(capsys, film, clone[0], tmp_path / "none" / "film.gif")
     assert ".gif, .mp4 or .png" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.avi")
     assert "one run" in scripts_complaint(capsys, film, clone[0], clone[0], tmp_path / "film.gif")
     assert "no run folder" in scripts_complaint(capsys, film, tmp_path, tmp_path / "film.gif")
-    monkeypatch.setattr(film.importlib.util, "find_spec", lambda name: None)
-    assert "pip install imageio-ffmpeg" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.mp4")
-    monkeypatch.setattr(Tiny, "render", lambda self: 1 / 0)
-    assert "MUJOCO_GL=egl" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.gif")
+    with monkeypatch.context() as patch:
+        patch.setattr(film.importlib.util, "find_spec", lambda name: None)
+        assert "pip install imageio-ffmpeg" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "render", lambda self: None)
+        assert "rgb_array" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.gif")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "__init__", lambda self, action_space, plain=Tiny.__init__: plain(self, action_space))
+        assert "takes no render_mode" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.gif")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "render", lambda self: raised(gym.error.DependencyNotInstalled("pip install pygame")))
+        assert "pip install pygame" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.gif")
     assert not list(tmp_path.iterdir())
 
 
-def test_speed_prints_a_row_for_each_number_of_environments_and_policy(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(HERE / "notebooks"))
-    monkeypatch.setattr(ncdpo.torch, "compile", lambda function, **_: function)
-    importlib.import_module("speed").main("--env CartPole-v1 --device cpu --num-envs 4 8 --num-steps 8".split())
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0].strip() for row in rows] == ["4", "4", "8", "8"]
-    assert all(float(row[i].replace(",", "")) > 0 for row in rows for i in (2, 3))
+@pytest.mark.parametrize("method", ["render", "step"])
+def test_an_error_of_ones_own_task_shows_its_traceback_in_a_film(film, clone, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(Tiny, method, lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        film.main([str(clone[0]), str(tmp_path / "film.gif")])
+
+
+def test_a_game_with_a_simulator_of_its_own_cannot_be_filmed(film, tmp_path, monkeypatch, capsys):
+    class Own:
+        def __init__(self, *given):
+            self.envs = ncdpo.GymnasiumEnvs(*given, 1)
+
+        def __getattr__(self, name):
+            return getattr(self.envs, name)
+
+    module = type(sys)("toys")
+    module.make_vec = lambda name, num_envs, device: Own(name, num_envs)
+    monkeypatch.setitem(sys.modules, "toys", module)
+    run = untrained(tmp_path, env="toys:Tiny-v0")
+    assert "only Gymnasium's tasks can be filmed" in scripts_complaint(capsys, film, run, tmp_path / "film.gif")
+
+
+def test_a_film_without_opengl_names_the_packages_that_bring_it(film, tmp_path, monkeypatch, capsys):
+    from ctypes.util import find_library
+    run = untrained(tmp_path, env="Hopper-v4")
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back after the test
+    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
+    if find_library("OSMesa") is None:
+        result = run_python(tmp_path, HERE / "notebooks" / "film.py", run, "film.gif", MUJOCO_GL="osmesa")
+        assert result.returncode == 2 and re.fullmatch(r"film: .* osmesa .*libosmesa6.*\.\n", result.stderr)
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    error = scripts_complaint(capsys, film, run, tmp_path / "film.gif")
+    assert "MUJOCO_GL nonsense" in error and "libegl1" in error and "libosmesa6" in error
+
+
+# --- notebooks/e16.py ------------------------------------------------------------------------------------------------
+
+def scoring(e16, M, flows=True, **given):
+    """A policy of K steps that scores the last M of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ncdpo, "DPPO", partial(e16.ScoredSteps, scored_steps=M, chain_gradient=flows))
+        return make_policy("dppo", **given)
+
+
+@pytest.mark.parametrize("M", [1, 2, 4, 5])
+@pytest.mark.parametrize("predict, noise_scale, discrete, K", [
+    ("sample", 1.0, False, 5), ("epsilon", 0.6, True, 5), ("v", 0.6, False, 12)])
+def test_E15_E16_scored_steps_are_those_of_a_plain_loop(float64, e16, M, predict, noise_scale, discrete, K):
+    """E15, E16: five steps, of K; the last M are scored, those before follow E5 on the noise that is kept."""
+    given = dict(denoising_steps=K, sampling_steps=5, predict=predict, eta=0.7, min_std=0.3, temperature=0.5,
+                 clip_denoised=0.8, gamma_denoising=0.9)
+    policy = scoring(e16, M, discrete=discrete, noise_scale=noise_scale, **given)
+    obs, (omega, noise) = torch.randn(11, 3), policy.draw_noise(11)
+    action, log_prob, latent = policy.act(obs, omega, noise)
+    x, expected = omega[:, 0], []
+    for k in range(5, 0, -1):
+        mu, sigma = reference_step(policy, predict, 0.7, x, k, obs)
+        std, z = noise_scale * sigma, omega[:, 6 - k] / noise_scale if k > 1 else noise
+        if k <= M:
+            std = max(std, 0.3)
+            end = Categorical(logits=mu / 0.5) if k == 1 and discrete else Normal(mu, std)
+            x = action if k == 1 and discrete else mu + std * z
+            expected.append(end.log_prob(x) if k == 1 and discrete else end.log_prob(x).sum(-1))
+        else:
+            x = mu + std * z
+    torch.testing.assert_close(action, x)
+    torch.testing.assert_close(log_prob, torch.stack(expected, 1))
+    torch.testing.assert_close(policy.log_prob(obs, action, latent), log_prob)
+    assert latent.shape == (11, 5, 2) and policy.weight.tolist() == pytest.approx([0.9**k for k in range(M)][::-1])
+    if M == 5:
+        plain = ncdpo.make_policy(config(algo="dppo", hidden=8, noise_scale=noise_scale, **given), 3, 2, discrete)
+        plain.load_state_dict(policy.state_dict())
+        for one, other in zip(plain.act(obs, omega, noise), (action, log_prob, latent)):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("flows", [True, False])
+def test_E16_one_scored_step_is_ncdpo_with_or_without_its_gradient_through_the_chain(float64, e16, flows):
+    shared = dict(denoising_steps=4, min_std=0.3, init_std=0.3)
+    one = scoring(e16, 1, flows, **shared)
+    ncdpo_ = make_policy("ncdpo", **shared)
+    ncdpo_.load_state_dict(one.state_dict())
+    obs, action = torch.randn(9, 3), torch.randn(9, 2)
+    omega, _ = one.draw_noise(9)
+    gradients = []
+    for policy in (one, ncdpo_):
+        log_prob = policy.log_prob(obs, action, omega)
+        gradients.append(torch.autograd.grad(log_prob.sum(), list(policy.denoiser.parameters())))
+    same = [torch.allclose(a, b) for a, b in zip(*gradients)]
+    assert all(same) if flows else not any(same)
+    torch.testing.assert_close(log_prob, one.log_prob(obs, action, omega)[:, 0])
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize("M", [1, 2, 4])
+def test_E13_E16_gradient_of_scored_steps_equals_finite_differences(float64, e16, predict, M):
+    policy = scoring(e16, M, denoising_steps=5, predict=predict)
+    (obs, action), latent, h = (torch.randn(5, n) for n in (3, 2)), torch.randn(5, 5, 2), 1e-5
+    parameters, loss = list(policy.denoiser.parameters()), lambda: policy.log_prob(obs, action, latent).sum()
+    gradient = parameters_to_vector(torch.autograd.grad(loss(), parameters))
+    theta = parameters_to_vector(parameters).detach()
+
+    def at(vector):
+        vector_to_parameters(vector, parameters)
+        return loss().item()
+
+    for direction in torch.randn(3, len(theta)):
+        difference = (at(theta + h * direction) - at(theta - h * direction)) / (2 * h)
+        assert difference == pytest.approx((gradient @ direction).item(), rel=1e-5)
+
+
+def test_scored_steps_train_and_evaluates_with_the_steps_that_its_flags_name(e16, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ncdpo, "DPPO", ncdpo.DPPO)  # put back after the test
+    scored, objective = [], ncdpo.DPPO.objective
+    monkeypatch.setattr(ncdpo.DPPO, "objective", lambda self, log_ratio, *more: (
+        scored.append((log_ratio.shape[1], self.chain_gradient)) or objective(self, log_ratio, *more)))
+    flags = ["--scored-steps", "2", *arguments("TinyBox-v0", tmp_path)]
+    assert e16.main([*flags, "--no-chain-gradient"]) == 0 and set(scored) == {(2, False)}
+    run = tmp_path / "TinyBox-v0__dppo__1"
+    printed = capsys.readouterr().out
+    assert ncdpo.load_config(run).algo == "dppo" and len(rows_of(run)) == 4
+    assert e16.main(["--scored-steps", "2", "--evaluate", str(run)]) == 0 and capsys.readouterr().out in printed
+    assert e16.main([*flags, "--algo", "dppo"]) == 0 and scored[-1] == (2, True)
+    for steps in ("0", "6"):
+        assert e16.main([*flags, "--scored-steps", steps]) == 2
+        error = "ncdpo: --scored-steps must be from 1 to 5, the number of steps that are run.\n"
+        assert capsys.readouterr().err == error
+    with pytest.raises(SystemExit):
+        e16.main([*flags, "--algo", "ncdpo"])  # which would ignore it
+
+
+# --- notebooks/health.py ---------------------------------------------------------------------------------------------
+
+def test_chain_gradient_measures_the_gradient_at_each_denoising_step(float64, health):  # E13
+    policy, B = make_policy(denoising_steps=4), 6
+    obs, action, omega, advantage = torch.randn(B, 3), torch.randn(B, 2), torch.randn(B, 4, 2), torch.randn(B)
+    norms, clipped = health.chain_gradient(policy, obs, action, omega, advantage)
+    mean = policy.mean(obs, omega.requires_grad_())
+    at_x0 = (-advantage[:, None] * (action - mean) / policy.head.log_std.exp() ** 2 / B).detach()
+    at_omega, = torch.autograd.grad((mean * at_x0).sum(), omega)
+    assert len(norms) == 5 and clipped == 0
+    assert (norms[0], norms[-1]) == pytest.approx((at_omega[:, 0].norm().item(), at_x0.norm().item()))
+    policy.schedule.clip = mean.abs().median().item()
+    share = (policy.mean(obs, omega).abs() == policy.schedule.clip).double().mean().item()
+    assert health.chain_gradient(policy, obs, action, omega, advantage)[1] == pytest.approx(share) and 0 < share < 1
 
 
 # --- notebooks/curves.py ---------------------------------------------------------------------------------------------
@@ -2239,14 +3121,62 @@ def test_speed_prints_a_row_for_each_number_of_environments_and_policy(monkeypat
 def test_picture_of_runs_shows_the_updates_with_episodes_and_few_of_them_as_points(tmp_path, curves):
     for name, n in (("short", 4), ("long", 300)):
         (tmp_path / name).mkdir()
-        rows = [f"{i},{i},{2 * i},{'' if i == 1 else -i}" for i in range(n)]
-        (tmp_path / name / "metrics.csv").write_text("\n".join(["update,step,seconds,return", *rows]))
+        rows = [f"{i},{i},{2 * i},1,{'' if i == 1 else -i}" + 13 * "," for i in range(n)]
+        (tmp_path / name / "metrics.csv").write_text("\n".join([",".join(ncdpo.COLUMNS), *rows]))
     picture = curves.picture([tmp_path / "short", tmp_path / "long"])
     for axes, factor in zip(picture.axes, (1, 2), strict=True):
         for line, n, name in zip(axes.lines, (4, 300), ("short", "long"), strict=True):
             steps = np.delete(np.arange(n), 1)
             assert line.get_xdata().tolist() == (factor * steps).tolist() and line.get_label() == name
             assert line.get_ydata().tolist() == (-steps).tolist() and (line.get_marker() == ".") == (n == 4)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "--resume" in flags:
+    assert flags["--rate"] == "run-2"
+else:
+    run = Path(flags["--runs"], f"a_b__dppo__{flags['--seed']}")
+    run.mkdir()
+    (run / "checkpoint.pt").touch()
+    seed = int(flags["--seed"])
+    rows = [f"{i},{i},{2 * i},1,{seed * i}" + 13 * "," for i in range(1, 201)]
+    (run / "metrics.csv").write_text(HEADER + "\\n" + "\\n".join(rows))
+    assert flags["--rate"] == f"run-{seed}" and flags["--env"] == "a:b?c=1" and flags["--algo"] == "dppo"
+    if seed == 2 and not Path(flags["--runs"], "again").exists():
+        sys.exit("interrupted")
+print("  mean action: ", sys.argv)
+"""
+
+
+def test_runs_of_another_program_are_resumed_but_not_repeated_and_become_a_file(tmp_path, monkeypatch, curves, capsys):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "other.py").write_text(PROGRAM.replace("HEADER", repr(",".join(ncdpo.COLUMNS))))
+    monkeypatch.setattr(curves, "HERE", tmp_path / "notebooks")
+    line = "curves.py train a:b?c=1 dppo --seeds 1 2 --program other.py --rate run-{seed} --jobs 1"
+    monkeypatch.setattr(sys, "argv", line.split())
+    with pytest.raises(subprocess.CalledProcessError):
+        curves.main()
+    runs, path = tmp_path / "runs" / "a_b__dppo", tmp_path / "notebooks" / "curves" / "a_b__dppo.csv"
+    before = (runs / "a_b__dppo__1.log").stat().st_mtime_ns
+    curves.main()
+    assert (runs / "a_b__dppo__1.log").stat().st_mtime_ns == before
+    assert "--resume" in (runs / "a_b__dppo__2.log").read_text() and "chain_clipped" not in curves.COLUMNS
+    curve = curves.read(path)
+    assert list(curve) == curves.COLUMNS and curve["seed"][:, 0].tolist() == [1, 2]
+    expected = [(2 * t + 2 * t - 1) / 2 for t in range(1, 101)]  # two updates a row
+    np.testing.assert_allclose(curve["return"], [expected, [2 * x for x in expected]])
+
+
+def test_files_with_the_columns_of_older_runs_are_read(curves, tmp_path):
+    names = ["seed", "step", "seconds", "episodes", "return", "length", "sigma", "chain_clipped"]
+    rows = [f"{seed},{t},1,1,{seed * t},5,0.5,0.25" for seed in (1, 2) for t in (1, 2, 3)]
+    (tmp_path / "old.csv").write_text("\n".join([",".join(names), *rows]))
+    curve = curves.read(tmp_path / "old.csv")
+    assert curve["return"].tolist() == [[1, 2, 3], [2, 4, 6]] and (curve["sigma"] == 0.5).all()
+    assert np.isnan(curve["success"]).all() and np.isnan(curve["chain_std"]).all()
 
 
 def test_figure_against_steps_shows_final_returns_at_each_number_of_steps(curves, tmp_path):
@@ -2326,87 +3256,18 @@ def test_table_of_curves_that_are_straight_lines(curves, tmp_path):
     assert theirs[6].startswith("2.00 [") and theirs[7].startswith("2.00 [")
 
 
-# --- the notebooks ---------------------------------------------------------------------------------------------------
+# --- notebooks/speed.py ----------------------------------------------------------------------------------------------
 
-NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
-
-
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def shown(cell):
-    """What a cell leaves on the page: the kinds of its outputs, but for warnings."""
-    data = [{"image/png", "text/markdown", "text/html"} & set(out.data) for out in cell.outputs if "data" in out]
-    return data, any(out.output_type == "stream" and out.name == "stdout" for out in cell.outputs)
+@pytest.mark.parametrize("flags, compiled", [("", 0), ("--compile", 8)])
+def test_speed_prints_a_row_for_each_number_of_environments_and_policy(speed, monkeypatch, capsys, flags, compiled):
+    functions = []
+    monkeypatch.setattr(torch, "compile", lambda function: functions.append(function) or function)
+    speed.main(f"--env CartPole-v1 --device cpu --num-envs 4 8 --num-steps 8 {flags}".split())
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["4", "4", "8", "8"] and len(functions) == compiled
+    assert all(float(row[i].replace(",", "")) > 0 for row in rows for i in (2, 3))
 
 
-@notebooks
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_and_shows_what_it_showed_when_it_was_committed(path):
-    if path.stem == "06_games":
-        pytest.importorskip("vmas")
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    committed = nbformat.read(path, as_version=4)
-    assert [cell.execution_count for cell in code_cells(committed)] == list(range(1, len(code_cells(committed)) + 1))
-    fresh = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(fresh, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
-    for was, now in zip(code_cells(committed), code_cells(fresh)):
-        assert shown(was) == shown(now), was.source
-
-
-README = HERE / "README.md"
-TEXTS = [README, *(HERE / "notebooks" / f"{name}.md" for name in ("RESULTS", "TUNING", "RUNNING"))]
-
-
-def test_every_equation_of_the_readme_is_in_its_notebook_and_in_the_file():
-    rows = re.findall(r"^\| (E\d+) \|.*\| ([^|]*) \| (\d) \|$", README.read_text(), re.MULTILINE)
-    assert [label for label, _, _ in rows] == [f"E{i}" for i in range(1, 19)]
-    for label, code, number in rows:
-        cells = json.loads(NOTEBOOKS[int(number) - 1].read_text())["cells"]
-        assert re.search(rf"\b{label}\b", "".join(line for cell in cells for line in cell["source"])), (label, number)
-        for name in re.findall(r"`([\w.]+)`", code):
-            operator.attrgetter(name)(health if name.startswith("chain_") else ncdpo)
-
-
-def test_readme_is_short_and_names_only_flags_files_and_functions_that_exist():
-    lines = README.read_text().splitlines()
-    assert len(lines) <= 170 and max(map(len, lines)) <= 120
-    sources = [path.read_text() for path in (HERE / "ncdpo.py", *sorted((HERE / "notebooks").glob("*.py")))]
-    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ncdpo.Config)} | {"--help"}
-    others = {"--standalone", "--nproc-per-node"}  # torchrun's
-    flags |= {"--no-" + flag[2:] for flag in flags} | set(re.findall(r'add_argument\("(--[\w-]+)"', "".join(sources)))
-    for path in TEXTS:
-        text = path.read_text()
-        wrong = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - flags - others
-        assert not wrong, (path.name, wrong)
-    named = re.findall(r"ncdpo\.([\w.]+)\(", README.read_text()) + re.findall(r"`(Trainer\.\w+)`", README.read_text())
-    for name in named:
-        operator.attrgetter(name)(ncdpo)
-    assert len(named) >= 3
-
-
-def anchors(path) -> list[str]:
-    """GitHub's anchors of a Markdown file's headings."""
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall("^#+ (.*)", text, re.MULTILINE)
-    names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-    return [f"{name}-{before}" if (before := names[:i].count(name)) else name for i, name in enumerate(names)]
-
-
-@pytest.mark.parametrize("path", [*TEXTS, *NOTEBOOKS], ids=lambda path: path.name)
-def test_links_lead_to_files_and_headings_that_exist(path):
-    text = path.read_text()
-    if path.suffix == ".ipynb":
-        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
-    for file, heading in re.findall(r"\]\((?!http|attachment)([^)#\s]*)#?([^)\s]*)\)", text):
-        target = path.parent / file if file else path
-        assert target.exists(), file
-        if heading:
-            assert heading in anchors(target), f"{file}#{heading}"
-
-
-# --- games -----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def games(monkeypatch):
@@ -2414,11 +3275,13 @@ def games(monkeypatch):
     pytest.importorskip("vmas", reason="games need vmas")
     games = pytest.importorskip("notebooks.games")
     games.load("football")  # imports VMAS without its noise
+    import random
+
     from vmas.simulator.core import Agent, World
     from vmas.simulator.scenario import BaseScenario
 
     class Coded(BaseScenario):
-        """World w ends after 3 + w steps. An agent observes w, itself, the step, a random start, its last action."""
+        """World w ends after 3 + w steps. An agent observes w, itself, the step, a random start, its action, luck."""
 
         def make_world(self, batch_dim, device, **kwargs):
             world, self.w = World(batch_dim, device), torch.arange(batch_dim, device=device)
@@ -2430,7 +3293,8 @@ def games(monkeypatch):
         def reset_world_at(self, env_index=None):
             assert env_index is None  # one at a time is slow
             self.hidden[0]["t"][:] = 0
-            self.start = torch.rand(len(self.w))
+            self.luck = torch.zeros(len(self.w))
+            self.start = torch.rand(len(self.w)) + np.random.random() + random.random()
             for agent in self.world.agents:
                 agent.last = torch.zeros(len(self.w))
 
@@ -2439,10 +3303,11 @@ def games(monkeypatch):
 
         def post_step(self):
             self.hidden[0]["t"] += 1
+            self.luck = torch.rand(len(self.w))
 
         def observation(self, agent):
             i = torch.full_like(self.start, self.world.agents.index(agent))
-            return torch.stack([self.w, i, self.hidden[0]["t"], self.start, agent.last], 1)
+            return torch.stack([self.w, i, self.hidden[0]["t"], self.start, agent.last, self.luck], 1)
 
         def reward(self, agent):
             return 100 * self.w + 10 * self.world.agents.index(agent) + self.hidden[0]["t"]
@@ -2455,7 +3320,7 @@ def games(monkeypatch):
 
     real = games.load
     monkeypatch.setattr(games, "load", lambda name: Coded() if name == "coded" else real(name))
-    monkeypatch.setitem(games.WON, "test_ncdpo", lambda info: info["well"])
+    monkeypatch.setitem(games.WON, Path(__file__).stem, lambda info: info["well"])
     return games
 
 
@@ -2464,21 +3329,21 @@ def test_actions_observations_and_rewards_of_agents_land_on_their_rows(games):
     game.reset([0])
     obs, reward, *_ = game.step(torch.arange(24.0).view(12, 2) / 24)
     rows = [[w, i, 1, 2 * (3 * w + i) / 24] for w in range(4) for i in range(3)]
-    torch.testing.assert_close(obs.view(12, 3, 5)[:, 0, [0, 1, 2, 4]], torch.tensor(rows))
+    torch.testing.assert_close(obs.view(12, 3, 6)[:, 0, [0, 1, 2, 4]], torch.tensor(rows))
     assert reward.tolist() == [[100 * w + 10 * i + 1] for w in range(4) for i in range(3)]
-    assert obs.view(12, 3, 5)[:, :, 1].tolist() == 4 * [[0, 1, 2], [1, 2, 0], [2, 0, 1]]  # own first, then in turn
-    for world in obs.view(4, 3, 3, 5):  # the same numbers for all its agents
+    assert obs.view(12, 3, 6)[:, :, 1].tolist() == 4 * [[0, 1, 2], [1, 2, 0], [2, 0, 1]]  # own first, then in turn
+    for world in obs.view(4, 3, 3, 6):  # the same numbers for all its agents
         assert all(torch.equal(seen[seen[:, 1].argsort()], world[0]) for seen in world)
     own = games.make_vec("coded?continuous=1&critic=own", 4, CPU)
-    assert own.reset([0]).shape == (12, 5) and own.policy_dim == game.policy_dim == 5
+    assert own.reset([0]).shape == (12, 6) and own.policy_dim == game.policy_dim == 6
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_permuting_agents_permutes_their_actions_and_only_the_critic_sees_the_others(games, algo):
     env = VectorEnv("notebooks.games:coded", 4, CPU)
     agent = shaken(ncdpo.Agent(config(algo=algo), *env.spaces))
-    omega, noise = (x.view(4, 3, *x.shape[1:]) for x in agent.policy.noise(12))
-    obs, swap = list(torch.randn(3, 4, 5)), [1, 0, 2]
+    omega, noise = (x.view(4, 3, *x.shape[1:]) for x in agent.policy.draw_noise(12))
+    obs, swap = list(torch.randn(3, 4, 6)), [1, 0, 2]
     normal = lambda obs: agent.obs_norm(env.envs.joint(obs))
     act = lambda obs, pick: agent.policy.act(normal(obs), omega[:, pick].flatten(0, 1), noise[:, pick].flatten(0, 1))
     action = act(obs, [0, 1, 2])[0].view(4, 3)
@@ -2505,10 +3370,8 @@ def test_an_agent_of_football_may_observe_its_nearest_opponents_alone(games):
             games.make_vec(name, 2, CPU)
 
 
-def test_speed_tells_what_the_adapter_of_a_game_costs(games, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(HERE / "notebooks"))
-    monkeypatch.setattr(ncdpo.torch, "compile", lambda function, **_: function)
-    importlib.import_module("speed").main("--env vmas:coded --device cpu --num-envs 4 --num-steps 8".split())
+def test_speed_tells_what_the_adapter_of_a_game_costs(games, speed, capsys):
+    speed.main("--env notebooks.games:coded --device cpu --num-envs 4 --num-steps 8".split())
     first = capsys.readouterr().out.splitlines()[0]
     assert float(re.fullmatch(r"4 worlds: a step through the adapter takes ([\d.]+) of VMAS's own", first)[1]) > 0
 
@@ -2535,7 +3398,7 @@ def test_a_world_ends_and_begins_again_without_the_others(games):
 
 
 @pytest.mark.parametrize("name", ["football?n_red_agents=1", "navigation?continuous=1", "balance", "transport",
-                                  "sampling"])  # whose resets rebuild objects
+                                  "sampling?grid_spacing=0.25"])  # whose resets rebuild objects
 def test_worlds_of_vmas_begin_again_as_their_observations_say(games, name):
     env = VectorEnv(f"notebooks.games:{name}{'&' if '?' in name else '?'}max_steps=5", 4, CPU)
     env.reset(1)
@@ -2546,6 +3409,24 @@ def test_worlds_of_vmas_begin_again_as_their_observations_say(games, name):
         scenario = env.envs.game.scenario
         torch.testing.assert_close(obs, env.envs.joint([scenario.observation(a) for a in env.envs.game.agents]))
         assert reward.shape == (env.num_envs, 1)
+
+
+def test_a_run_of_a_game_does_not_change_with_what_else_is_played_in_its_process(games, tmp_path):
+    ncdpo.train(config(env="notebooks.games:coded?n_agents=1", runs=str(tmp_path)))
+    run, = tmp_path.iterdir()
+    other = VectorEnv("notebooks.games:coded?max_steps=1", 3, CPU)  # begins anew at each step
+
+    def metrics(between):
+        trainer, rows = ncdpo.Trainer(config(env="notebooks.games:coded?n_agents=2", total_timesteps=384)), []
+        for _ in range(3):
+            rows.append({name: x for name, x in trainer.iterate().items() if name != "seconds"})
+            between()
+        return rows
+
+    alone = metrics(lambda: None)
+    assert metrics(lambda: ncdpo.evaluate(run, 2)) == alone
+    other.reset(1)
+    assert metrics(lambda: other.step(torch.zeros(9, dtype=torch.long))) == alone
 
 
 def test_success_in_football_is_a_goal_of_the_own_team(games):
@@ -2560,22 +3441,23 @@ def test_success_in_football_is_a_goal_of_the_own_team(games):
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_team_is_trained_recorded_and_cloned(games, demos, tmp_path, capsys, algo):
-    env, path = "notebooks.games:coded?max_steps=6", tmp_path / "d.npz"
+    env, path = "notebooks.games:coded?max_steps=12", tmp_path / "d.npz"
     history = ncdpo.train(config(env=env, algo=algo, total_timesteps=4 * 192, runs=str(tmp_path)))
     run = tmp_path / f"notebooks.games_coded__{algo}__1"
     assert history["step"].tolist() == [192, 384, 576, 768]  # of two worlds of three agents
-    with pytest.raises(UserError, match="at least 192"):
+    with pytest.raises(UserError, match="191 has no room for a rollout of 192 steps"):
         ncdpo.Trainer(config(env=env, algo=algo, total_timesteps=191))
     ended = [3 * (32 // 3), 3 * (32 // 4)]  # in the first update, by world
     assert history["episodes"][0] == sum(ended) and history["success"][0] == pytest.approx(ended[0] / sum(ended))
-    result = ncdpo.evaluate(run, 4, "cpu")["mean action"]
-    assert result["length"].tolist() == np.repeat([3, 4, 5, 6], 3).tolist()
-    assert result["success"].tolist() == np.repeat([1, 0, 1, 1], 3).tolist()
     assert "success 50%" in capsys.readouterr().out  # of the worlds 0 and 1, after training
-    assert demos.main(["record", str(run), str(path), "--steps", "600", "--device", "cpu"]) == 0
+    for first, values in zip((0, 4, 8), ncdpo.evaluate(run, 4).values()):  # the four worlds of each way
+        assert values["length"].tolist() == np.repeat([min(3 + first + i, 12) for i in range(4)], 3).tolist()
+        assert values["success"].tolist() == np.repeat([first + i not in (1, 10, 11) for i in range(4)], 3).tolist()
+    assert demos.main(["record", str(run), str(path), "--steps", "600"]) == 0
     own = loaded(path)
-    assert (own["observations"].reshape(3, 200, 15)[:, :, 1] == np.arange(3)[:, None]).all()  # one after the other
-    ncdpo.train(config(env=env, algo=algo, demos=str(path), total_timesteps=0, bc_steps=20, runs=str(tmp_path)))
+    assert (own["observations"].reshape(3, 200, 18)[:, :, 1] == np.arange(3)[:, None]).all()  # one after the other
+    flags = ["--env", env, "--algo", algo, "--runs", tmp_path, "--bc-steps", 20, "--action-chunk", 1, "--num-envs", 2]
+    assert cloning.main([str(word) for word in [path, *flags, "--device", "cpu", "--episodes", 1]]) == 0
     assert "201 episodes, 600 steps" in capsys.readouterr().out  # three of them cut off
 
 
@@ -2594,183 +3476,222 @@ def test_games_refuses_what_it_cannot_play(games, tmp_path, capsys, monkeypatch,
     assert words in complaint(capsys, *arguments("notebooks.games:" + name, tmp_path / "runs", *flags))
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
-
-def test_ncdpo_learns_cartpole(tmp_path, capsys):
-    flags = dict(num_envs=8, num_steps=128, minibatch_size=256, update_epochs=10, learning_rate=2e-3, hidden=64,
-                 denoising_steps=3, gamma=0.98, gae_lambda=0.95, total_timesteps=36_864, episodes=1)
-    line = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    assert main(["--env", "CartPole-v1", "--algo", "ncdpo", "--no-compile", "--runs", str(tmp_path), *line]) == 0
-    returns = [float(row["return"]) for row in rows_of(tmp_path / "CartPole-v1__ncdpo__1") if row["return"]]
-    assert np.convolve(returns, np.ones(4) / 4, "valid").max() > 400  # four updates in a row
-
-
-def run_python(folder, *command, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1", **environment}
-    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
-
-
-# Several processes, by notebooks/parallel.py
+# --- notebooks/parallel.py -------------------------------------------------------------------------------------------
 
 SHARED = dict(env="Hopper-v4", num_envs=4, num_steps=64, minibatch_size=256, total_timesteps=512, update_epochs=3)
-ONE_UPDATE = """
-import os, sys, torch
+FEW = ["--env", "Hopper-v4", "--num-envs", 6, "--num-steps", 32, "--minibatch-size", 96, "--hidden", 16, "--device",
+       "cpu", "--episodes", 1]
+MISTAKES = [(["--num-envs", 5], "multiples of 2"), (["--resume", "nowhere"], "nowhere"),
+            (["--total-timesteps", 191], "a rollout of 192 steps of all 2 processes"), (["--nonsense"], "--nonsense")]
+EACH = """
+import runpy, sys, torch
 import ncdpo
 from notebooks import parallel
-from torch import distributed
-settings, folder = ncdpo.Config(**eval(sys.argv[1])), sys.argv[2]
-if parallel.WORLD:
-    distributed.init_process_group()
-trainer, mine = (parallel.SharedTrainer if parallel.WORLD else ncdpo.Trainer)(settings), slice(None)
-if parallel.WORLD:
+folder, kept, plain = sys.argv[1], {"codes": []}, ncdpo.Trainer
+parallel.distributed.init_process_group()
+parallel.distributed.init_process_group = lambda: None  # that of main
+runs, mistakes, flags = torch.load(folder + "/given.pt")
+for algo, (settings, played) in runs.items():
+    trainer = parallel.SharedTrainer(ncdpo.Config(**settings))
     mine = slice(2 * parallel.RANK, 2 * parallel.RANK + 2)
     trainer.join()
-    for name, x in torch.load(folder + "/played.pt").items():
-        setattr(trainer.rollout, name, x[:, mine])
-else:
-    trainer.rollout.collect(trainer.env, trainer.policy, trainer.act, trainer.obs)
-    torch.save({name: x for name, x in vars(trainer.rollout).items() if torch.is_tensor(x)}, folder + "/played.pt")
-trainer.rollout.collect = lambda *given: None
-row = {name: float(x) for name, x in trainer.iterate().items() if not name.startswith("seconds")}
-torch.save((row, trainer.agent.state_dict()), f"{folder}/{parallel.WORLD}_{parallel.RANK}.pt")
-os._exit(0)
+    kept[algo + " plays"] = trainer.play()
+    trainer.play = lambda: {name: x[:, mine] for name, x in played.items()}
+    kept[algo] = trainer.iterate(), trainer.agent.state_dict()
+    trainer.play = lambda: torch.eye(2) @ torch.eye(3)
+    try:
+        trainer.iterate()
+    except RuntimeError as error:
+        kept["the task's error"] = str(error)
+for mistake in mistakes:
+    try:
+        kept["codes"].append(parallel.main(mistake))
+    except SystemExit as end:
+        kept["codes"].append(end.code)
+torch.save(kept, f"{folder}/{parallel.RANK}.pt")
+ncdpo.Trainer, sys.argv[1:] = plain, flags
+runpy.run_path("notebooks/parallel.py", run_name="__main__")
 """
 
 
-def torchrun(processes, *line, **more):
+def torchrun(processes, *line):
     """Start a script by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *line]
     return subprocess.Popen([str(word) for word in command], cwd=HERE, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE)),
-                            **more)
-
-
-def parallel(processes, *flags):
-    """Exit code, output and the program's own complaints of notebooks/parallel.py in several processes."""
-    return ended(torchrun(processes, "notebooks/parallel.py", *flags))
+                            stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE)))
 
 
 def ended(process):
+    """Exit code, output and complaints of a process, once it has ended."""
     out, err = process.communicate(timeout=300)
     print(err)  # pytest shows it where a test fails
-    return process.returncode, out, [line for line in err.splitlines() if line.startswith("ncdpo:")]
+    return process.returncode, out, [line for line in err.splitlines() if re.match(r"ncdpo: |\S+: error: ", line)]
 
 
-@pytest.mark.parametrize("given", [dict(algo="ncdpo"), dict(algo="dppo", target_kl=1e-9)], ids=str)
-def test_two_processes_with_half_of_the_environments_each_take_the_step_of_one_with_all(tmp_path, given):
-    """Gradients, advantages' scale, clip, normalisers, the KL that ends the epochs, metrics: the minibatch is all."""
-    (tmp_path / "script.py").write_text(ONE_UPDATE)
-    settings = dataclasses.asdict(config(**SHARED, **given))
-    line = [str(tmp_path / "script.py"), repr(settings), str(tmp_path)]
-    assert run_python(tmp_path, *line, PYTHONPATH=str(HERE)).returncode == 0
-    assert ended(torchrun(2, *line))[0] == 0
-    (row, alone), *both = (torch.load(tmp_path / name) for name in ("0_0.pt", "2_0.pt", "2_1.pt"))
-    before = ncdpo.Trainer(config(**SHARED, **given)).agent.state_dict()
-    for name, tensor in alone.items():
-        assert torch.equal(both[0][1][name], both[1][1][name])  # bit by bit
-        torch.testing.assert_close(both[0][1][name], tensor, rtol=2e-4, atol=2e-6)
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What two processes did, one after the other, as it takes long to start them; and an update of one alone.
+
+    An update of NCDPO and of DPPO with the rollout of that one; an update whose task fails; MISTAKES; a whole run.
+    """
+    folder, runs, alone = tmp_path_factory.mktemp("pair"), {}, {}
+    for algo in ("ncdpo", "dppo"):
+        trainer = ncdpo.Trainer(config(**SHARED, algo=algo))
+        before = {name: tensor.clone() for name, tensor in trainer.agent.state_dict().items()}
+        played = trainer.play()
+        trainer.play = lambda: played
+        alone[algo] = before, trainer.iterate(), trainer.agent.state_dict()
+        runs[algo] = vars(trainer.config), played
+    lines = [[*FEW, "--runs", folder / "runs", *flags] for flags, _ in [*MISTAKES, (["--total-timesteps", 768], "")]]
+    *mistakes, good = [[str(word) for word in line] for line in lines]
+    torch.save((runs, mistakes, good), folder / "given.pt")
+    (folder / "each.py").write_text(EACH)
+    code, out, complaints = ended(torchrun(2, folder / "each.py", folder))
+    assert code == 0
+    run, = (folder / "runs").iterdir()
+    return dict(alone=alone, both=[torch.load(folder / f"{rank}.pt") for rank in range(2)], complaints=complaints,
+                out=out, run=run)
+
+
+@pytest.mark.parametrize("algo", ["ncdpo", "dppo"])
+def test_two_processes_with_half_of_the_environments_each_take_the_step_of_one_with_all(pair, algo):
+    """Gradients, advantages' scale, clip, normalisers, metrics: the minibatch is all."""
+    before, row, after = pair["alone"][algo]
+    (row_0, state_0), (row_1, state_1) = (kept[algo] for kept in pair["both"])
+    for name, tensor in after.items():
+        assert torch.equal(state_0[name], state_1[name])  # bit by bit
+        torch.testing.assert_close(state_0[name], tensor, rtol=2e-4, atol=2e-6)
         assert not torch.equal(before[name], tensor) or "log_std" in name
-    for name in set(row) - {"chain_std", "chain_gradient_ratio", "chain_clipped", "explained_variance"}:  # one's own
-        assert both[0][0][name] == both[1][0][name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
+    for name in set(row) - {"seconds", "chain_std", "chain_gradient_ratio", "explained_variance"}:  # one's own
+        assert row_0[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5, nan_ok=True), name
+        assert row_1[name] == pytest.approx(row_0[name], rel=0, abs=0, nan_ok=True), name
 
 
-FEW = ["--env", "Hopper-v4", "--num-envs", 4, "--num-steps", 32, "--minibatch-size", 64, "--hidden", 16, "--no-compile",
-       "--device", "cpu", "--episodes", 1, "--checkpoint-every", 1]
+def test_processes_play_different_episodes_with_different_noise(pair):
+    one, two = (kept["ncdpo plays"] for kept in pair["both"])
+    for name in ("obs", "action", "latent"):
+        assert not torch.isin(one[name], two[name]).any()
 
 
-def test_torchrun_writes_one_run_and_any_number_of_processes_resumes_it(tmp_path):
-    code, out, mistakes = parallel(2, *FEW, "--total-timesteps", 512, "--runs", tmp_path)
-    assert (code, mistakes) == (0, []) and out.count("writing") == out.count("mean action") == 1
-    run, = tmp_path.iterdir()
-    weights = lambda: torch.load(run / "checkpoint.pt")["agent"]["critic.0.weight"]
-    before = weights()
-    code, out, mistakes = parallel(4, "--resume", run, "--total-timesteps", 768)
-    assert (code, mistakes) == (0, []) and [int(row["step"]) for row in rows_of(run)] == list(range(128, 769, 128))
-    assert not torch.equal(before, weights())
+def test_a_mistake_is_told_once_by_all_processes(pair):
+    assert [kept["codes"] for kept in pair["both"]] == [4 * [2]] * 2
+    for (_, words), line in zip(MISTAKES, pair["complaints"], strict=True):
+        assert words in line
 
 
-def test_processes_play_different_episodes_with_different_noise(tmp_path):
-    (tmp_path / "script.py").write_text(ONE_UPDATE.split("if parallel.WORLD:\n    mine")[0] + """
-trainer.join()
-trainer.rollout.collect(trainer.env, trainer.policy, trainer.act, trainer.obs)
-torch.save([trainer.rollout.obs, trainer.rollout.action], f"{folder}/{parallel.RANK}.pt")
-os._exit(0)
-""")
-    settings = dataclasses.asdict(config(**SHARED))
-    assert ended(torchrun(2, tmp_path / "script.py", repr(settings), tmp_path))[0] == 0
-    for ours, theirs in zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))):
-        assert not torch.isin(ours, theirs).any()
+def test_an_error_of_the_task_is_not_mistaken_for_the_end_of_a_process(pair):
+    assert all("cannot be multiplied" in kept["the task's error"] for kept in pair["both"])
 
 
-@pytest.mark.parametrize("flags, words", [(["--num-envs", 5], "multiples of 2"), (["--resume", "nowhere"], "nowhere"),
-                                          (["--total-timesteps", 100], "at least 128")])
-def test_a_mistake_is_told_once_by_all_processes(tmp_path, flags, words):
-    code, _, mistakes = parallel(2, *(FEW if flags[0] != "--resume" else ()), *flags, "--runs", tmp_path)
-    assert code and len(mistakes) == 1 and words in mistakes[0] and not list(tmp_path.iterdir())
+def test_torchrun_writes_one_run(pair):
+    assert pair["out"].count(str(pair["run"])) == pair["out"].count("mean action") == 1
+    assert [int(row["step"]) for row in rows_of(pair["run"])] == [192, 384, 576, 768]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
-@pytest.mark.parametrize("victim", ["the second", "all"])
-def test_a_dead_process_or_ctrl_c_ends_all_with_one_sentence_and_keeps_the_checkpoint(tmp_path, victim):
-    process = torchrun(2, "notebooks/parallel.py", *FEW, "--total-timesteps", 10**8, "--runs", tmp_path)
+@pytest.mark.parametrize("victim, processes", [("the second", 3), ("all", 2)])
+def test_a_dead_process_or_ctrl_c_ends_all_and_any_number_resumes_the_run(pair, tmp_path, victim, processes):
+    run = shutil.copytree(pair["run"], tmp_path / "run")
+    process = torchrun(processes, "notebooks/parallel.py", "--resume", run, "--total-timesteps", 10**8)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not list(tmp_path.glob("*/checkpoint.pt")):
+    while len(rows_of(run)) < 5:
         assert process.poll() is None
         time.sleep(0.1)
     if victim == "all":
         process.send_signal(signal.SIGINT)
     else:
         os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
-    code, _, mistakes = ended(process)
-    run, = tmp_path.iterdir()
-    assert code and (run / "checkpoint.pt").is_file() and len(mistakes) <= 1  # torchrun may be faster
-    assert all(f"--resume {run}" in line for line in mistakes)
+    code, _, complaints = ended(process)
+    done = checkpoint_of(run)["update"]
+    assert code and len(complaints) <= 2  # torchrun may be faster
+    assert not complaints or f"after update {done} by python ncdpo.py --resume {run}" in complaints[0]
+
+    before = checkpoint_of(run)["agent"]["critic.0.weight"]
+    assert main(["--resume", str(run), "--total-timesteps", str(192 * (done + 1))]) == 0
+    assert [int(row["step"]) for row in rows_of(run)] == list(range(192, 192 * (done + 1) + 1, 192))
+    assert not torch.equal(before, checkpoint_of(run)["agent"]["critic.0.weight"])
 
 
-def test_a_task_of_ones_own_module_is_made_by_its_name(tmp_path, monkeypatch):
-    (tmp_path / "my_module.py").write_text("import gymnasium as gym\n"
-                                           "gym.register('MyTask-v0', 'gymnasium.envs.classic_control:CartPoleEnv')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert make_env("my_module:MyTask-v0").reset()[0].shape == (4,)  # as film.py makes it, before any import of it
-    env = VectorEnv("my_module:MyTask-v0", 2, CPU)
-    assert env.reset(1).shape == (2, 4)
-    gym.registry.pop("MyTask-v0")
+# ===== texts =========================================================================================================
+
+NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
+README = HERE / "README.md"
+TEXTS = [README, *(HERE / "notebooks" / f"{name}.md" for name in ("RESULTS", "TUNING", "RUNNING"))]
 
 
-def test_a_mistake_in_reset_is_told_in_one_sentence(tmp_path, monkeypatch):
-    def reset(envs, seeds):
-        raise ZeroDivisionError("no start")
-
-    monkeypatch.setattr(ncdpo.GymnasiumEnvs, "reset", reset)
-    with pytest.raises(UserError, match="CartPole-v1 raised an error in reset: no start"):
-        ncdpo.Trainer(config())
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_import_prints_and_writes_nothing_and_needs_neither_mujoco_nor_matplotlib(tmp_path):
-    code = """import ncdpo, sys, torch
-ncdpo.VectorEnv("CartPole-v1", 1, torch.device("cpu"))
-assert not {"mujoco", "matplotlib"} & set(sys.modules)"""
-    result = run_python(tmp_path, "-c", code)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+def shown(cell):
+    """What a cell leaves on the page: the kinds of its outputs, but for warnings."""
+    data = [{"image/png", "text/markdown", "text/html"} & set(out.data) for out in cell.outputs if "data" in out]
+    return data, any(out.output_type == "stream" and out.name == "stdout" for out in cell.outputs)
 
 
-def test_program_names_a_broken_display_from_any_folder(tmp_path):
-    result = run_python(tmp_path, str(HERE / "ncdpo.py"), "--env", "Hopper-v4", MUJOCO_GL="nonsense")
-    assert result.returncode == 2 and result.stdout == "" and not list(tmp_path.iterdir())
-    assert re.fullmatch("ncdpo: cannot make Hopper-v4: .*nonsense.*\n", result.stderr)
+@notebooks
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_and_shows_what_it_showed_when_it_was_committed(path):
+    if path.stem == "06_games":
+        pytest.importorskip("vmas")
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    committed = nbformat.read(path, as_version=4)
+    assert [cell.execution_count for cell in code_cells(committed)] == list(range(1, len(code_cells(committed)) + 1))
+    fresh = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(fresh, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    for was, now in zip(code_cells(committed), code_cells(fresh)):
+        assert shown(was) == shown(now), was.source
 
 
-def test_dependencies_of_the_script_are_declared_in_both_places():
-    tomllib = pytest.importorskip("tomllib")
-    source = (HERE / "ncdpo.py").read_text()
-    header = re.search(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", source, re.MULTILINE).group(1)
-    meta = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.MULTILINE))
-    name_of = lambda line: re.match(r"[\w.-]+", line).group().lower().replace("_", "-")
-    declared = {name_of(line) for line in meta["dependencies"]}
-    imported = {name.split(".")[0] for node in ast.walk(ast.parse(source)) for name in
-                ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
-                 [node.module] if isinstance(node, ast.ImportFrom) else [])} - set(sys.stdlib_module_names)
-    beside = {"notebooks", "mujoco"}  # one is ours, the other is what gymnasium[mujoco] runs on
-    assert imported - beside <= declared <= imported | beside and "requires-python" in meta
-    lines = (HERE / "requirements.txt").read_text().splitlines()
-    assert declared <= {name_of(line) for line in lines if re.match(r"\w", line)}
+def test_every_equation_of_the_readme_has_its_code_its_notebook_and_its_tests():
+    rows = re.findall(r"^\| (E\d+) \|.*\| ([^|]*) \| (\d) \|$", README.read_text(), re.MULTILINE)
+    assert [label for label, _, _ in rows] == [f"E{i}" for i in range(1, 19)]
+    for label, code, number in rows:
+        cells = json.loads(NOTEBOOKS[int(number) - 1].read_text())["cells"]
+        assert re.search(rf"\b{label}\b", "".join(line for cell in cells for line in cell["source"])), (label, number)
+        for name in re.findall(r"`([\w./]+)`", code):
+            assert (HERE / name).exists() if "/" in name else operator.attrgetter(name)(ncdpo)
+        assert [name for name in globals() if name.startswith("test_") and f"_{label}_" in name], label
+
+
+def test_readme_names_only_flags_files_and_functions_that_exist_and_the_files_true_size():
+    text = README.read_text()
+    assert max(map(len, text.splitlines())) <= 120
+    assert f"The file is {len((HERE / 'ncdpo.py').read_text().splitlines()):,} lines" in text
+    sources = [path.read_text() for path in (HERE / "ncdpo.py", *sorted((HERE / "notebooks").glob("*.py")))]
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ncdpo.Config)} | {"--help"}
+    flags |= set(re.findall(r'add_argument\("(--[\w-]+)"', "".join(sources)))
+    flags |= {"--no-" + flag[2:] for flag in flags}
+    flags |= {"--standalone", "--nproc-per-node", "--index"}  # of torchrun and uv
+    for path in TEXTS:
+        assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", path.read_text())) - flags, path.name
+    named = re.findall(r"ncdpo\.([\w.]+)\(", text) + re.findall(r"`(Trainer\.\w+)`", text)
+    assert len(named) >= 3 and all(operator.attrgetter(name)(ncdpo) for name in named)
+
+
+def test_the_two_commands_of_the_readme_are_what_ci_pastes():
+    commands = [line for line in README.read_text().splitlines() if line.startswith("python3 -m venv .venv && ")]
+    train, test = (command.split(" && ")[-1].removeprefix(".venv/bin/python ") for command in commands)
+    assert all(" && .venv/bin/pip install -r requirements.txt && " in command for command in commands)
+    assert ncdpo.parse(train.removeprefix("ncdpo.py").split())[0].total_timesteps == 150_000
+    assert test == '-m pytest -q -m "not notebooks"' and "150000" in train
+    assert "grep '^python3 -m venv .venv' README.md" in (HERE / ".ci" / "run").read_text()
+
+
+def anchors(path) -> list[str]:
+    """GitHub's anchors of a Markdown file's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall("^#+ (.*)", text, re.MULTILINE)
+    names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return [f"{name}-{before}" if (before := names[:i].count(name)) else name for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("path", [*TEXTS, *NOTEBOOKS], ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    for file, heading in re.findall(r"\]\((?!http|attachment)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = path.parent / file if file else path
+        assert target.exists(), file
+        assert not heading or heading in anchors(target), f"{file}#{heading}"
