@@ -957,7 +957,8 @@ def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
                     break
             cut_short |= len(rewards) < chunk
             np.testing.assert_allclose(row["final_obs"][i], obs.ravel(), rtol=1e-5, atol=1e-5)
-            np.testing.assert_allclose(row["reward"][i], rewards + [np.nan] * (chunk - len(rewards)), rtol=1e-5)
+            np.testing.assert_allclose(row["reward"][i], rewards + [np.nan] * (chunk - len(rewards)),
+                                       rtol=1e-4, atol=1e-4)
             assert [row["terminated"][i], row["truncated"][i]] == ended
             assert np.array_equal(row["final_obs"][i], row["next_obs"][i]) != any(ended)
             if any(ended):
@@ -1616,7 +1617,8 @@ def test_config_json_has_the_fields_and_the_versions(run):
     versions = saved.pop("versions")
     assert ncdpo.Config(**saved) == ncdpo.load_config(run) == config(runs=saved["runs"])
     assert versions.pop("python") == ".".join(map(str, sys.version_info[:3]))
-    assert versions == {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    assert versions.pop("mujoco") == importlib.metadata.version("mujoco")
+    assert versions == {module.__name__: module.__version__ for module in (torch, gym, np)}
 
 
 def test_checkpoint_restores_everything(run, tmp_path):
@@ -2267,8 +2269,9 @@ def test_the_file_alone_in_a_folder_trains_and_resumes_in_another_process_after_
     """It is killed where the checkpoint of its third update is written, but has not yet replaced the second."""
     shutil.copy(HERE / "ncdpo.py", tmp_path)
     small = "--env HalfCheetah-v4 --num-envs 4 --num-steps 32 --minibatch-size 64 --episodes 1 --device cpu".split()
+    kind = "(batched)" if importlib.util.find_spec("mujoco.batch") else "(sync)"
     killed = run_python(tmp_path, "-c", KILLED, *small, PYTHONPATH="")
-    assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, "") and "(batched)" in killed.stdout, killed
+    assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, "") and kind in killed.stdout, killed
     run = tmp_path / "runs" / "HalfCheetah-v4__ncdpo__1"
     assert checkpoint_of(run)["update"] == 2 and len(rows_of(run)) == 3 and (run / "checkpoint.tmp").exists()
     again = run_python(tmp_path, "ncdpo.py", "--resume", run, "--total-timesteps", 128 * 4, PYTHONPATH="")
@@ -2807,6 +2810,7 @@ def test_a_missing_package_of_a_source_is_named(demos, tmp_path, monkeypatch, ca
     (dict(rewards=ROWS[1:]), "differ in length"), (dict(rewards=1.0), "cannot read"),
     (dict.fromkeys(cloning.DEMO_KEYS, ROWS[:0]), "empty")], ids=str)
 def test_damaged_d4rl_files_are_told_in_one_line(demos, tmp_path, capsys, damage, words):
+    pytest.importorskip("h5py")
     path = tmp_path / "d.hdf5"
     if isinstance(damage, dict):
         saved_hdf5(path, {key: array for key, array in (tiny_demos() | damage).items() if array is not None})
