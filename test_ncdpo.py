@@ -950,7 +950,8 @@ def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
                 if isinstance(space, gym.spaces.Discrete):
                     action = part[0] + space.start
                 else:
-                    action = np.float32(space.low + (np.float64(part).clip(-1, 1) + 1) / 2 * (space.high - space.low))
+                    low, high = np.float64(space.low), np.float64(space.high)
+                    action = np.float32((low + high) / 2 + np.float64(part).clip(-1, 1) * (high - low) / 2)
                 obs, reward, *ended, _ = alone.step(action)
                 rewards.append(reward)
                 if any(ended):
@@ -958,7 +959,7 @@ def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
             cut_short |= len(rewards) < chunk
             np.testing.assert_allclose(row["final_obs"][i], obs.ravel(), rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(row["reward"][i], rewards + [np.nan] * (chunk - len(rewards)),
-                                       rtol=1e-4, atol=1e-4)
+                                       rtol=1e-5, atol=1e-5)
             assert [row["terminated"][i], row["truncated"][i]] == ended
             assert np.array_equal(row["final_obs"][i], row["next_obs"][i]) != any(ended)
             if any(ended):
