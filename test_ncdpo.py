@@ -950,8 +950,9 @@ def test_every_environment_plays_as_it_would_alone(env_id, vector, chunk):
                 if isinstance(space, gym.spaces.Discrete):
                     action = part[0] + space.start
                 else:
-                    low, high = np.float64(space.low), np.float64(space.high)
-                    action = np.float32((low + high) / 2 + np.float64(part).clip(-1, 1) * (high - low) / 2)
+                    low, high = space.low.astype(float), space.high.astype(float)
+                    action = (low + high) / 2 + part.astype(float).clip(-1, 1) * (high - low) / 2
+                    action = action.astype(np.float32)
                 obs, reward, *ended, _ = alone.step(action)
                 rewards.append(reward)
                 if any(ended):
