@@ -571,7 +571,7 @@ class VectorEnv:
         action = action.to(self.envs.device)
         if self.discrete:
             return action + self.offset
-        action = self.center + self.half * action.clamp(-1, 1)
+        action = self.center + self.half * action
         return (action.round() if self.rounds else action).clamp(self.low, self.high)
 
     def reset(self, *seed, repeat=1):
