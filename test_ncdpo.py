@@ -1832,9 +1832,8 @@ def test_ctrl_c_says_how_to_go_on_and_loses_only_the_updates_since_the_checkpoin
 
 
 def test_one_process_at_a_time_writes_into_a_folder_but_many_may_evaluate_it(run, capsys):
-    fcntl = pytest.importorskip("fcntl")
-    with open(run / "lock") as held:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    pytest.importorskip("fcntl")
+    with ncdpo.locked(run):
         before = contents(run)
         assert "another process" in complaint(capsys, "--resume", run, "--total-timesteps", "512")
         assert main(["--evaluate", str(run)]) == 0 and contents(run) == before
