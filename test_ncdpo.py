@@ -709,6 +709,14 @@ def test_E10_E12_update_learns_from_the_decisions_played(monkeypatch, batches, a
     assert measured[1] is batch and row["chain_std"] == 0.25
 
 
+def test_a_reward_that_is_not_a_number_ends_the_run_whatever_simulator_gave_it():
+    trainer = ncdpo.Trainer(config())
+    step = trainer.env.step
+    trainer.env.step = lambda action: [x * math.nan if i == 1 else x for i, x in enumerate(step(action))]
+    with pytest.raises(UserError, match="not finite in update 1"):
+        trainer.iterate()
+
+
 def test_scaled_rewards_are_clipped_to_ten(batches):
     trainer = ncdpo.Trainer(config(gamma=0.0))  # without a future, the target is the scaled reward
     trainer.agent.reward_norm.var.fill_(1e-6)
