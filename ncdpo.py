@@ -490,7 +490,8 @@ class Trainer:
         reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10).to(reward)
 
         obs, final_obs = agent.obs_norm(rollout["obs"]), agent.obs_norm(rollout["final_obs"])
-        agent.obs_norm.update(rollout["obs"].flatten(0, 1))  # only now: the old statistics acted
+        if not config.init_from:  # a policy that was given keeps the inputs that it knows
+            agent.obs_norm.update(rollout["obs"].flatten(0, 1))  # only now: the old statistics acted
         value, final_value = agent.critic(obs).squeeze(-1), agent.critic(final_obs).squeeze(-1)
         final_value *= (config.gamma or 1.0) ** (played.sum(-1) - H)  # a chunk cut short is there sooner
         advantage = advantages(reward, value, final_value, rollout["terminated"], rollout["ended"],
@@ -641,7 +642,8 @@ def mujoco_version():
 class GymnasiumEnvs:
     """Gymnasium's tasks, a Python object for each copy, one after another; what it takes and gives is on a CPU.
 
-    `success` (N,) is 1 where the last step ended an episode well, 0 where not, NaN for a task that does not tell.
+    `success` (N,) is 1 where the last step ended an episode well, else 0. It is NaN of a task that does not tell: here,
+    if the info of an episode's last step has neither "is_success" nor "success".
     """
 
     kind, device = "sync", torch.device("cpu")
@@ -660,21 +662,24 @@ class GymnasiumEnvs:
         """Actions in the tasks' units, (N, H * A) or (N,); what VectorEnv.step returns."""
         action = action.numpy().astype(self.action_space.dtype)
         rows = [self.play(task, one) for task, one in zip(self.tasks, action)]
-        return [torch.as_tensor(np.stack(column)) for column in zip(*rows)]
+        *result, self.success = [torch.as_tensor(np.stack(column)) for column in zip(*rows)]
+        return result
 
     def play(self, task, action):
         """Play a chunk in one copy, and begin a new episode if it ends the old one."""
         rewards = np.full(self.chunk, np.nan)
         for i, part in enumerate(np.split(action, self.chunk) if self.chunk > 1 else [action]):
-            obs, reward, terminated, truncated, _ = task.step(part)
+            obs, reward, terminated, truncated, info = task.step(part)
             rewards[i] = np.asarray(reward).item()  # a task may give an array of one number
             if not math.isfinite(rewards[i]):
                 raise UserError(f"{task.spec.id} gave the reward {reward}, which is not finite")
             if terminated or truncated:
                 break
         final_obs = flat(obs)
-        obs = flat(task.reset()[0]) if terminated or truncated else final_obs
-        return obs, rewards, bool(terminated), bool(truncated), final_obs
+        if not (terminated or truncated):
+            return final_obs, rewards, False, False, final_obs, np.float32(0)
+        success = np.float32(info.get("is_success", info.get("success", np.nan)))
+        return flat(task.reset()[0]), rewards, bool(terminated), bool(truncated), final_obs, success
 
     def close(self):
         for task in self.tasks:

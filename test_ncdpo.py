@@ -1182,6 +1182,36 @@ def worlds(monkeypatch):
     monkeypatch.setitem(sys.modules, "worlds", types.SimpleNamespace(make_vec=Worlds))
 
 
+@pytest.mark.parametrize("key", ["success", "is_success", None])
+def test_success_of_a_gymnasium_task_is_what_the_last_info_of_an_episode_tells(monkeypatch, key):
+    """Episodes of three steps, every other one good; what infos say before the end does not count."""
+
+    class Told(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+        t, episode = 0, 0
+
+        def reset(self, seed=None, options=None):
+            self.t, self.episode = 0, self.episode + 1
+            return np.zeros(1), {}
+
+        def step(self, action):
+            self.t += 1
+            told = self.episode % 2 == 0 if self.t == 3 else True
+            return np.zeros(1), 0.0, False, self.t == 3, {key: told} if key else {}
+
+    monkeypatch.setitem(gym.registry, "Told-v0", gym.envs.registration.EnvSpec("Told-v0", Told))
+    env = VectorEnv("Told-v0", 2, CPU)
+    env.reset(1)
+    told = []
+    for _ in range(6):
+        env.step(torch.zeros(2, 1))
+        told.append(env.envs.success.tolist())
+    expected = [[0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [1, 1]]
+    np.testing.assert_array_equal(told, expected if key else [*expected[:2], [np.nan] * 2] * 2)
+    row = ncdpo.Trainer(config(env="Told-v0")).iterate()
+    np.testing.assert_allclose(row["success"], 0.5 if key else np.nan, atol=0.1)
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_simulator_of_ones_own_tells_success_and_what_the_policy_sees(worlds, algo):
     trainer = ncdpo.Trainer(config(env="worlds:some?agents=3", algo=algo, total_timesteps=4 * 6 * 32))
@@ -2360,7 +2390,8 @@ def script(name):
     return module
 
 
-demos, film, curves, health, e16, speed = map(script, ("demos", "film", "curves", "health", "e16", "speed"))
+SCRIPTS = "demos", "film", "curves", "health", "e16", "moving", "speed"
+demos, film, curves, health, e16, moving, speed = map(script, SCRIPTS)
 
 
 def scripts_complaint(capsys, script, *line):
@@ -2520,8 +2551,8 @@ def test_a_cloned_expert_with_discrete_actions_reaches_its_return(tmp_path, caps
 def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_same_noise(monkeypatch, capsys):
     """A twentieth of them, rounded up; each observation is the number of its episode."""
     agent, trained, held_out = shaken(ncdpo.Agent(config(), 1, 1, False, 1)), set(), set()
-    agent.obs_norm = torch.nn.Identity()
-    agent.obs_norm.update = lambda obs: None
+    agent.obs_norm.update = lambda obs: None  # stay at mean 0 and variance 1
+    agent.obs_norm.forward = lambda obs: obs
     bc_loss, episode = cloning.bc_loss, np.arange(30).repeat(7)
     monkeypatch.setattr(cloning, "bc_loss", lambda policy, obs, action: (
         (trained if torch.is_grad_enabled() else held_out).update(obs[:, 0].tolist()) or bc_loss(policy, obs, action)))
@@ -2530,6 +2561,19 @@ def test_cloning_never_trains_on_the_episodes_held_out_and_judges_them_on_the_sa
     assert len(held_out) == 2 and trained == set(range(30)) - held_out
     losses = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 20 and len(set(losses)) == 1 and float(losses[0]) > 0.01
+
+
+def test_what_stands_still_in_the_demonstrations_has_a_hundredth_of_the_median_spread():
+    """Else a grain of movement later would be 1e4 standard deviations; statistics of a clone do not move."""
+    obs = torch.randn(1000, 5) * torch.tensor([1.0, 2.0, 4.0, 1e-5, 0.0]) + 3
+    agent = ncdpo.Agent(config(), 5, 1, False, 5)
+    cloning.clone(agent, (obs, torch.randn(1000, 1), np.arange(1000) // 5), 1, 2)
+    var = obs.double().var(0, unbiased=False)
+    median = var[:4].sort().values[1]  # of those that move, the lower of the two in the middle
+    torch.testing.assert_close(agent.obs_norm.var, torch.cat([var[:3], 1e-4 * median.expand(2)]))
+    still = ncdpo.Agent(config(), 1, 1, False, 1)
+    cloning.clone(still, (torch.full((50, 1), 7.0), torch.randn(50, 1), np.arange(50) // 5), 1, 2)
+    assert still.obs_norm.var.item() == 1 and still.obs_norm(torch.tensor([[7.5]])).item() == pytest.approx(0.5)
 
 
 def test_cloning_keeps_the_moving_average_of_its_weights():
@@ -2593,11 +2637,36 @@ def test_clone_starts_from_the_demonstrations_statistics_and_dppo_starts_from_nc
     trainer = ncdpo.Trainer(config(algo="dppo", min_std=0.3, **given))
     ncdpo.start_from(trainer, run)
     torch.testing.assert_close(trainer.agent.obs_norm.mean, obs.mean(0))
-    torch.testing.assert_close(trainer.agent.obs_norm.var, obs.var(0, correction=0))
+    var = obs.var(0, correction=0)
+    torch.testing.assert_close(trainer.agent.obs_norm.var, var.clamp(min=1e-4 * var[var > 0].median()))
     cloned, policy = checkpoint_of(run)["agent"], trainer.agent.policy
     for name, tensor in policy.denoiser.state_dict().items():
         assert torch.equal(tensor, cloned["policy.denoiser." + name])
     assert policy.head.log_std.exp().tolist() == pytest.approx([0.3] * 4)
+
+
+def test_statistics_of_observations_move_from_scratch_and_stay_a_clones_when_it_is_improved(clone):
+    run, _, given = clone
+    for init_from, moves in ((None, True), (str(run), False)):
+        trainer = ncdpo.Trainer(config(init_from=init_from, **given))
+        if init_from:
+            ncdpo.start_from(trainer, run)
+        before = [x.clone() for x in trainer.agent.obs_norm.buffers()]
+        trainer.iterate()
+        assert same(before, list(trainer.agent.obs_norm.buffers())) is not moves
+        assert trainer.agent.reward_norm.count > 0  # these are training's own
+
+
+def test_moving_statistics_are_those_of_the_demonstrations_and_the_rollouts(clone, moving):
+    run, _, given = clone
+    trainer = moving.Moving(config(init_from=str(run), **given))
+    ncdpo.start_from(trainer, run)
+    norm = ncdpo.Normalizer(trainer.env.obs_dim)
+    norm.load_state_dict(trainer.agent.obs_norm.state_dict())
+    rollout = trainer.play()
+    trainer.make_batch(rollout)
+    norm.update(rollout["obs"].flatten(0, 1))
+    assert same(norm.state_dict(), trainer.agent.obs_norm.state_dict())
 
 
 def test_init_from_goes_on_in_another_task_of_the_same_spaces_and_refuses_one_of_others(clone):

@@ -96,10 +96,13 @@ def clone(agent, demos, seed, steps=20_000, learning_rate=1e-3):
     """Behaviour cloning: Adam, a cosine schedule, and at the end a moving average of the weights.
 
     The policy of an ncdpo.Agent learns from `demos` as `load` returns them, and the agent's normaliser takes in their
-    observations. A twentieth of the episodes, drawn by `seed`, is held out; its loss is printed beside the other.
+    observations: for good, as --init-from keeps them. A twentieth of the episodes, drawn by `seed`, is held out; its loss is printed beside the other.
     """
     obs, action, episode = demos
     agent.obs_norm.update(obs)
+    spread = agent.obs_norm.var[agent.obs_norm.var > 0]
+    # what (nearly) stands still in the demonstrations may move later: not by 1e4 standard deviations
+    agent.obs_norm.var.clamp_(min=1e-4 * spread.median().item() if len(spread) else 1.0)
     obs, episodes, policy = agent.obs_norm(obs), np.unique(episode), agent.policy
     held_out = np.random.default_rng(seed).permutation(episodes)[:math.ceil(len(episodes) / 20)]
     held_out = np.isin(episode, held_out)

@@ -1,0 +1,30 @@
+"""ncdpo.py, but --init-from lets the statistics of observations go on moving, as a run from scratch does.
+
+    python notebooks/moving.py --init-from runs/clones/Hopper-v4__ncdpo__1      # and other flags of ncdpo.py
+
+What that costs is in RESULTS.md: the clone's inputs drift away from those that it was taught with.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ncdpo  # noqa: E402
+
+
+class Moving(ncdpo.Trainer):
+    def make_batch(self, rollout):
+        batch = super().make_batch(rollout)
+        if self.config.init_from:
+            self.agent.obs_norm.update(rollout["obs"].flatten(0, 1))
+        return batch
+
+
+def main(arguments=None):
+    ncdpo.Trainer = Moving
+    return ncdpo.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
