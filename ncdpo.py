@@ -7,7 +7,7 @@
 A diffusion policy turns Gaussian noise into an action in K denoising steps, so the likelihood of an action, which PPO
 needs, is an intractable integral over that noise. NCDPO (arXiv 2505.10482) draws all the noise first and calls it part
 of the state. Given the noise, the chain is a deterministic, differentiable function; a small Gaussian (or a softmax) on
-its end makes the likelihood exact; and plain PPO then sends its gradient back through all K steps:
+its end makes the likelihood exact; and plain PPO sends its gradient back through all K steps:
 
     repeat
         for t = 1 ... T:                                             # play
@@ -24,17 +24,13 @@ its end makes the likelihood exact; and plain PPO then sends its gradient back t
     python ncdpo.py --resume runs/HalfCheetah-v4__ncdpo__1 --total-timesteps 2000000
     python ncdpo.py --init-from CLONE                     # improve a cloned policy
 
-Sections, in the order of reading: 1 noise schedule, 2 networks, 3 the noise-conditioned policy, 4 PPO (these four are
-NCDPO; they need torch and math only, and can be pasted elsewhere), 5 training loop, 6 environments, 7 MuJoCo in
-batches, on CPU threads or a GPU, 8 the two baselines, 9 run folder, 10 configuration and command line.
-Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits; in section 4
-the advantage), K denoising steps, M scored decisions per action, T decisions of a rollout, N environments, H actions
-of a chunk.
+Sections 1 to 4 (noise schedule, networks, policy, PPO) are NCDPO: they need torch and math only, and can be pasted
+elsewhere. Labels such as E5 name the equations of README.md. Letters: B batch, S observation, A action (or logits; in
+section 4 the advantage), K denoising steps, T decisions of a rollout, N environments, H actions of a chunk.
 """
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -64,24 +60,12 @@ import torch.nn.functional as F
 
 # ===== 1  Noise schedule ==============================================================================================
 
-class Table(nn.Module):
-    """A number for each step: table[k] is a float for an int k, and has one more axis than a LongTensor k."""
-
-    def __init__(self, numbers):
-        super().__init__()
-        self.floats = numbers
-        self.register_buffer("rows", torch.tensor(numbers)[:, None], persistent=False)
-
-    def __getitem__(self, k):
-        return self.floats[k] if isinstance(k, int) else self.rows[k]
-
-
 class Schedule(nn.Module):
     """The cosine schedule (Nichol and Dhariwal, 2021) and the steps that use it (E1, E3, E4, E18).
 
     A chain that was cloned with `steps` may be run on fewer, evenly spaced `sampling_steps`: its k-th step is then step
     tau(k) of the K, and from E3 on k counts the steps that are run (E18). k is an int, or a LongTensor (...); x, eps
-    and output are (..., A). `signal` is sqrt(abar), `noise` is sqrt(1 - abar).
+    and output are (..., A). `signal` is sqrt(abar), `noise` sqrt(1 - abar); table[k] is (1,), or (..., 1).
     """
 
     def __init__(self, steps, predict="sample", eta=1.0, clip=1.0, sampling_steps=None):
@@ -94,22 +78,23 @@ class Schedule(nn.Module):
             abar.append(abar[-1] * (1 - beta))
 
         self.K = sampling_steps or steps
-        tau = [round(steps * k / self.K) for k in range(self.K + 1)]
         sigma, to_clean, to_noisy = [0.0], [0.0], [0.0]
         for k in range(1, self.K + 1):
-            now, before = abar[tau[k]], abar[tau[k - 1]]
+            now, before = abar[self.tau(k)], abar[self.tau(k - 1)]
             beta = 1 - now / before
             sigma.append(eta * math.sqrt((1 - before) / (1 - now) * beta))
             # E4 is linear in (x0hat, x_k): write eps_tilde out once and for all
             to_noisy.append(math.sqrt((1 - before - sigma[k] ** 2) / (1 - now)))
             to_clean.append(math.sqrt(before) - to_noisy[k] * math.sqrt(now))
-        self.sigma, self.to_clean, self.to_noisy = Table(sigma), Table(to_clean), Table(to_noisy)
-        self.signal, self.noise = Table([a**0.5 for a in abar]), Table([(1 - a) ** 0.5 for a in abar])
-        self.taus = Table(tau)
+        signal, noise = [a**0.5 for a in abar], [(1 - a) ** 0.5 for a in abar]
+        tables = dict(signal=signal, noise=noise, sigma=sigma, to_clean=to_clean, to_noisy=to_noisy)
+        for name, numbers in tables.items():
+            self.register_buffer(name, torch.tensor(numbers)[:, None], persistent=False)
 
     def tau(self, k):
         """Which of the K steps the k-th sampling step is (E18)."""
-        return self.taus[k] if isinstance(k, int) else self.taus[k].squeeze(-1)
+        tau = k * self.steps / self.K
+        return round(tau) if isinstance(k, int) else tau.round().long()
 
     def diffuse(self, x0, k, eps):
         """Forward process (E1): x_k from clean x0 and standard normal eps; k counts all K steps."""
@@ -146,11 +131,7 @@ def mlp(inputs, hidden, outputs, activation, last_gain):
 
 
 class Denoiser(nn.Module):
-    """net(x_k, k, s): an MLP of [x_k, s, embedding of k].
-
-    At initialisation its output is nearly zero: an untrained "sample" chain then proposes nearly the zero action, like
-    an untrained MLP.
-    """
+    """net(x_k, k, s): an MLP of [x_k, s, embedding of k], whose output is nearly zero before it has learnt."""
 
     def __init__(self, obs_dim, act_dim, steps, hidden, activation, embedding=16):
         super().__init__()
@@ -343,10 +324,9 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
              ent_coef=0.0, coordinates=1, norm_adv=True):
     """PPO's loss on a minibatch and a dictionary of diagnostics.
 
-    obs (B, S) normalised; action, log_prob and latent (NCDPO's omega) as policy.act gave them, log_prob (B,), or (B, M)
-    of a policy that brings an `objective` for it; advantage, and target for the critic, (B,). The log ratio may be
-    averaged over an action's `coordinates`. Advantages are made standard within the minibatch unless that was done
-    before (norm_adv=False).
+    obs (B, S) normalised; action, log_prob (B,) and latent (NCDPO's omega) as policy.act gave them; advantage, which is
+    made standard within the minibatch if norm_adv, and target for the critic, (B,). The log ratio may be averaged over
+    an action's `coordinates`. A policy may bring an `objective` of its own for a log_prob of (B, M).
     """
     new_log_prob, entropy = policy.evaluate_actions(obs, action, latent)
     log_ratio = (new_log_prob - log_prob) / coordinates  # one for each decision (E11)
@@ -363,8 +343,7 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
 def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, max_grad_norm=0.5):
     """Epochs of minibatches over `batch`, a dictionary of tensors; the diagnostics, averaged over the minibatches.
 
-    loss_function(**minibatch) is ppo_loss with all but its tensors filled in. An epoch leaves out a remainder. The
-    gradient of each of the optimizer's groups is scaled down to max_grad_norm.
+    loss_function(**minibatch) is ppo_loss with all but its tensors filled in. An epoch leaves out a remainder.
     """
     size, taken = len(batch["obs"]), []
     minibatch_size = min(minibatch_size, size)
@@ -385,7 +364,6 @@ def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, ma
 # ===== 5  Training loop ===============================================================================================
 
 ROLLOUT = "obs action log_prob latent reward terminated ended final_obs success".split()
-BATCH = "obs action log_prob latent advantage target".split()
 
 
 class UserError(Exception):
@@ -445,7 +423,9 @@ class Trainer:
         rollout = self.play()
         batch, explained_variance = self.make_batch(rollout)
         row = ppo_update(self.loss, batch, self.optimizer, config.update_epochs, config.minibatch_size)
-        row |= measure_chain(self.agent.policy, batch)
+        if isinstance(self.agent.policy.head, Gaussian):
+            row["sigma"] = self.agent.policy.head.log_std.exp().mean().item()
+            row["chain_std"] = chain_std(self.agent.policy, batch["obs"][:128])
         if not all(map(math.isfinite, [*row.values(), rollout["obs"].sum(), rollout["reward"][..., 0].sum()])):
             raise UserError(f"an observation, a reward or the loss is not finite in update {self.done + 1}; "
                             "if it is the loss, lower --learning-rate")
@@ -496,8 +476,9 @@ class Trainer:
         final_value *= (config.gamma or 1.0) ** (played.sum(-1) - H)  # a chunk cut short is there sooner
         advantage = advantages(reward, value, final_value, rollout["terminated"], rollout["ended"],
                                config.gamma ** H, config.gae_lambda)
-        batch = rollout | {"obs": obs, "advantage": advantage, "target": advantage + value}
-        batch = {name: batch[name].flatten(0, 1) for name in BATCH}
+        batch = {name: rollout[name] for name in ("action", "log_prob", "latent")}
+        batch |= {"obs": obs, "advantage": advantage, "target": advantage + value}
+        batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
         return batch, 1 - (advantage.var() / batch["target"].var().clamp(min=1e-8)).item()
 
 
@@ -510,31 +491,10 @@ def discounted_sums(reward, ended, carry, gamma):
     return sums, carry
 
 
-def measure_chain(policy, batch, rows=128):
-    """Columns of metrics.csv on a policy's noise and gradient, from some `rows` decisions of a batch.
-
-    sigma; chain_std (E17); and of NCDPO, with L = -mean(log pi A), the norm of dL/dx_{K-1} over that of dL/dx_0 (E13).
-    """
-    few = {name: tensor[::max(1, len(tensor) // rows)] for name, tensor in batch.items()}
-    row = {}
-    if isinstance(policy.head, Gaussian):
-        row["sigma"] = policy.head.log_std.exp().mean().item()
-    if policy.K and "sigma" in row:
-        row["chain_std"] = chain_std(policy, few["obs"])
-    if policy.K and not isinstance(policy, DPPO):
-        xs = policy.chain(few["obs"], few["latent"].requires_grad_())
-        loss = -(policy.head.log_prob(xs[-1], few["action"]) * few["advantage"]).mean()
-        first, last = torch.autograd.grad(loss, (xs[1], xs[-1]))
-        row["chain_gradient_ratio"] = (first.norm() / last.norm().clamp(min=1e-30)).item()
-    return row
-
-
 @torch.no_grad()
 def chain_std(policy, obs):
     """Standard deviation of the action over the chain's noise (std_chain of E17), from two draws at each obs (B, S)."""
-    kind = obs.device.type
-    with torch.random.fork_rng([] if kind == "cpu" else [obs.device], device_type=kind):
-        one, other = (policy.sample(obs, deterministic=True)[0] for _ in range(2))
+    one, other = (policy.sample(obs, deterministic=True)[0] for _ in range(2))
     return ((one - other).square().mean() / 2).sqrt().item()
 
 
@@ -543,11 +503,9 @@ def chain_std(policy, obs):
 class VectorEnv:
     """N copies of a task (of a game the agents of all worlds) that take and give tensors on `device`.
 
-    reset(seed) -> obs (N, S);  step(action) -> obs, reward, terminated, truncated, final_obs
-    A decision is a chunk of H actions (H = 1 unless asked for): an action is (N, H * A), a reward (N, H), NaN for steps
-    after an episode's end. Box actions live in [-1, 1] here; final_obs (N, S) is where a step really led: it differs
-    from obs (where the next step starts) in those environments that ended and were reset in the same step. `vector` is
-    auto (MuJoCo in batches where section 7 has the task, else sync), warp or sync.
+    A decision is a chunk of H actions: an action is (N, H * A), a reward (N, H), NaN for steps after an episode's end.
+    Box actions live in [-1, 1] here. final_obs (N, S) is where a step really led: it differs from obs, where the next
+    step starts, in those environments that ended and were reset in the same step.
     """
 
     def __init__(self, env_id, num_envs, device, vector="auto", chunk=1):
@@ -557,44 +515,40 @@ class VectorEnv:
         self.close, space = self.envs.close, self.envs.action_space
         self.discrete = isinstance(space, gym.spaces.Discrete)
         if self.discrete:
-            self.act_dim, self.offset = int(space.n), int(space.start)
+            self.act_dim, self.bounds = int(space.n), {"low": torch.tensor(int(space.start))}
         else:
-            self.low, self.high = torch.as_tensor(
-                np.tile([space.low, space.high], chunk).astype(float), device=self.envs.device)
-            self.center, self.half = (self.high + self.low) / 2, (self.high - self.low) / 2
-            self.act_dim, self.rounds = len(self.low), space.dtype.kind in "iu"
+            low, high = torch.as_tensor(np.tile([space.low, space.high], chunk).astype(float), device=self.envs.device)
+            self.act_dim, self.bounds = len(low), {"low": low, "high": high, "whole": space.dtype.kind in "iu"}
         self.obs_dim = math.prod(self.envs.observation_space.shape)
         self.policy_dim = getattr(self.envs, "policy_dim", self.obs_dim)
         self.spaces = [self.obs_dim, self.act_dim, self.discrete, self.policy_dim]  # of an Agent
 
-    def to_task(self, action):
-        """Actions (N, H * A) in [-1, 1] as the task takes them, float64 within its bounds; or indices (N,)."""
-        action = action.to(self.envs.device)
-        if self.discrete:
-            return action + self.offset
-        action = self.center + self.half * action
-        return (action.round() if self.rounds else action).clamp(self.low, self.high)
-
     def reset(self, *seed, repeat=1):
-        """First observations (N, S) of new episodes, all of whose randomness comes from `seed`.
-
-        With `repeat` the first N / repeat copies of a Gymnasium task have seeds of their own, which the others repeat.
-        """
+        """First observations (N, S) of new episodes; the seeds of Gymnasium's copies come `repeat` times."""
         seeds = np.random.SeedSequence(seed).generate_state(self.num_envs // repeat) // 2
         return self.envs.reset(seeds.tolist() * repeat).to(self.device)
 
     def step(self, action):
         """Action (N, H * A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N, H), two bools (N,)."""
-        obs, reward, *rest = (x.to(self.device) for x in self.envs.step(self.to_task(action)))
+        action = to_task(action.to(self.envs.device), **self.bounds)
+        obs, reward, *rest = (x.to(self.device) for x in self.envs.step(action))
         return obs, reward.float(), *rest
+
+
+def to_task(action, low, high=None, whole=False):
+    """Actions (..., H * A) in [-1, 1] as a task with these bounds takes them, float64; or indices (...) from low on."""
+    if high is None:
+        return action + low.to(action.device)
+    action = (high + low) / 2 + (high - low) / 2 * action
+    return (action.round() if whole else action).clamp(low, high)
 
 
 def make_envs(env_id, num_envs, chunk, device, vector):
     """The simulator behind a VectorEnv, with the methods and attributes of GymnasiumEnvs below. Raises UserError.
 
-    The module of `module:name` may bring one of its own, by a function make_vec(name, num_envs, device), which raises
-    ValueError or ImportError for what it cannot make. Its rows may be more than num_envs, and it may have `policy_dim`,
-    how many of the first numbers of an observation the policy sees (the critic sees all).
+    The module of `module:name` may bring one of its own: make_vec(name, num_envs, device) makes it, or raises
+    ValueError or ImportError. It may have more rows than num_envs (a game's agents), and `policy_dim`: how many of the
+    first numbers of an observation the policy sees (the critic sees all).
     """
     module, _, name = env_id.partition(":")
     try:
@@ -630,13 +584,13 @@ def make_env(env_id, **more):
         except (AssertionError, ValueError) as error:
             if not re.match("gymnasium_robotics|metaworld", entry):
                 raise
-            raise UserError(f"{env_id} cannot be made with MuJoCo {mujoco_version()} ({error}): its suite wants "
+            raise UserError(f"{env_id} cannot be made with MuJoCo {version('mujoco')} ({error}): its suite wants "
                             "MuJoCo 3 (pip install 'mujoco<4', in an environment of its own)") from error
 
 
-def mujoco_version():
+def version(package):
     """Of the package that is installed."""
-    return next((found.version for found in importlib.metadata.distributions(name="mujoco")), "none")
+    return next((found.version for found in importlib.metadata.distributions(name=package)), "none")
 
 
 class GymnasiumEnvs:
@@ -694,10 +648,9 @@ def flat(obs):
 # ===== 7  MuJoCo in batches ===========================================================================================
 
 def batched_envs(env, num_envs, chunk, device, vector):
-    """N copies of a task made by gym.make, that step in one call; None if only Gymnasium can serve it.
+    """N copies of HalfCheetah, Hopper or Walker2d, as gym.make makes them, that step in one call, or None.
 
-    HalfCheetah, Hopper and Walker2d, v4 and v5, without wrappers of one's own: on a GPU by MuJoCo Warp, where that is
-    installed or `vector` is "warp", else on the threads of a CPU.
+    They step on a GPU by MuJoCo Warp if that is installed (or `vector` is "warp"), else on the CPU's threads.
     """
     limit = math.inf
     while type(env).__module__ == "gymnasium.wrappers.common":  # the wrappers of gym.make itself
@@ -743,10 +696,7 @@ class ThreadPool:
 
 
 class WarpPool:
-    """The same on `device` by MuJoCo Warp: float32 views of its arrays, and nothing ever waits for the device.
-
-    The substeps are recorded once, as a CUDA graph (on a CPU as one of Warp's own), and launched.
-    """
+    """The same on `device` by MuJoCo Warp: float32 views of its arrays, and nothing ever waits for the device."""
 
     kind = "warp"
 
@@ -779,11 +729,9 @@ class WarpPool:
 
 
 class MujocoEnvs:
-    """A MuJoCo task over a pool behind VectorEnv, without a branch on what happens in an environment.
+    """A MuJoCo task over a pool: Gymnasium's formulas over tensors (N, ...), with the constants of its object `env`.
 
-    Observation, reward (forward velocity plus health minus control cost), termination and reset are Gymnasium's
-    formulas over tensors (N, ...), all of whose constants are read from its object `env`; `limit` is the number of
-    steps of an episode.
+    The reward is forward velocity plus health minus control cost; `limit` is the number of steps of an episode.
     """
 
     def __init__(self, env, limit, chunk, pool):
@@ -875,15 +823,14 @@ class MLPPolicy(NCDPO):
 class DPPO(NCDPO):
     """Diffusion Policy Policy Optimization (arXiv 2409.00588): every denoising step is a decision (E15).
 
-    Log-likelihoods are (B, K), the latent is (x_K, ..., x_1), (B, K, A). No gradient flows from step to step: all are
-    scored in one parallel pass. The last step (k = 1) is the head's: a Gaussian of standard deviation min_std, or the
-    softmax of E8.
+    Log-likelihoods are (B, K), the latent is (x_K, ..., x_1), (B, K, A). The last step (k = 1) is the head's: N(mu_1,
+    min_std^2), or the softmax of E8.
     """
 
     def __init__(self, obs_dim, act_dim, min_std=0.1, gamma_denoising=0.99, **chain):
         super().__init__(obs_dim, act_dim, **{"head": Gaussian(act_dim, min_std, fixed=True)} | chain)
         steps_to_go = torch.arange(self.K - 1, -1, -1)
-        std = (self.noise_scale * self.schedule.sigma.rows).clamp(min=min_std)
+        std = (self.noise_scale * self.schedule.sigma).clamp(min=min_std)
         self.register_buffer("log_std", torch.log(std), persistent=False)  # of step k, (K + 1, 1)
         self.register_buffer("ks", steps_to_go + 1, persistent=False)  # K, ..., 1
         self.register_buffer("weight", gamma_denoising ** steps_to_go.float(), persistent=False)
@@ -899,7 +846,8 @@ class DPPO(NCDPO):
         return action, torch.stack([*log_probs, self.head.log_prob(mu, action)], 1), torch.stack(xs, 1)
 
     def evaluate_actions(self, obs, action, latent):
-        mu = self.mu(latent, self.ks, obs[:, None].expand(-1, self.K, -1))  # (B, K, A), all steps at once
+        # (B, K, A): all steps at once, as no gradient flows from one to the other
+        mu = self.mu(latent, self.ks, obs[:, None].expand(-1, self.K, -1))
         steps = gaussian_log_prob(latent[:, 1:], mu[:, :-1], self.log_std[self.ks[:-1]])
         last = self.head.log_prob(mu[:, -1], action)
         return torch.cat([steps, last[:, None]], 1), self.head.entropy(mu[:, -1])
@@ -930,16 +878,15 @@ def make_policy(c, obs_dim, act_dim, discrete):
 # ===== 9  Run folder ==================================================================================================
 
 COLUMNS = """update step seconds episodes return length success approx_kl clip_fraction explained_variance
-    policy_loss value_loss entropy grad_norm sigma chain_std chain_gradient_ratio learning_rate""".split()
+    policy_loss value_loss entropy grad_norm sigma chain_std learning_rate""".split()
 CHECKPOINT_SECONDS = 10  # between two checkpoints
 MAY_CHANGE = {"total_timesteps", "episodes", "device", "vector"}  # by --resume
 
 
 def train(config, resume=None):
-    """Train by a Config, and return the history: one array per column of metrics.csv, one entry per update.
+    """Train by a Config into a new run folder, and return the history, as read_metrics does. Raises UserError.
 
-    Writes a new run folder; or goes on in the folder `resume`, where only the episodes start anew and `config` is that
-    folder's but for MAY_CHANGE. Raises UserError.
+    Or go on in the folder `resume`: only the episodes start anew, and `config` is that folder's but for MAY_CHANGE.
     """
     if resume:
         require_same(load_config(resume), config, vars(config).keys() - MAY_CHANGE)
@@ -968,20 +915,19 @@ def run_updates(trainer, run):
     try:
         while trainer.done < trainer.updates:
             row = trainer.iterate()
-            cells = (row.get(name, math.nan) for name in COLUMNS)
+            cells = (f"{row[name]:.10g}" if name in row else "" for name in COLUMNS)
             with open(run / "metrics.csv", "a") as file:
-                file.write(",".join(f"{cell:.10g}" if cell == cell else "" for cell in cells) + "\n")
+                file.write(",".join(cells) + "\n")
             recent = (recent + [row.get("return")] * row["episodes"])[-20:]
-            now = time.perf_counter()
-            done, all_of_them = trainer.done, trainer.updates
-            if 20 * done // all_of_them > 20 * (done - 1) // all_of_them:  # each twentieth
+            now, done, total = time.perf_counter(), trainer.done, trainer.updates
+            if 20 * done // total > 20 * (done - 1) // total:  # each twentieth
                 pace = (now - started) / (done - first)  # seconds an update
                 score = f"return {np.mean(recent):.1f}" if recent else "no episode yet"
-                print(f"{row['step']:>13,} steps ({done / all_of_them:.0%}), {score}, "
-                      f"{trainer.batch_size / pace:,.0f} steps/s, {pace * (all_of_them - done):.0f} s left", flush=True)
-            if now - checkpoint_at > CHECKPOINT_SECONDS or trainer.done == trainer.updates:
+                print(f"{row['step']:>13,} steps ({done / total:.0%}), {score}, "
+                      f"{trainer.batch_size / pace:,.0f} steps/s, {pace * (total - done):.0f} s left", flush=True)
+            if now - checkpoint_at > CHECKPOINT_SECONDS or done == total:
                 save_checkpoint(trainer, run)
-                saved, checkpoint_at = trainer.done, now
+                saved, checkpoint_at = done, now
     finally:
         if saved < trainer.updates:
             how = f"python ncdpo.py --resume {run}"
@@ -1037,8 +983,8 @@ def write(path, content):
 
 def save_config(config, run):
     """config.json: the fields of a Config, and the versions with which the run is made."""
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, gymnasium=gym.__version__,
-                    mujoco=mujoco_version(), numpy=np.__version__)
+    versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    versions["python"] = sys.version.split()[0]
     write(run / "config.json", json.dumps(vars(config) | {"versions": versions}, indent=2).encode())
 
 
@@ -1049,7 +995,7 @@ def reading(run):
         yield
     except Exception as error:
         why = str(error)[:300]
-        raise UserError(f"{run} is damaged, or no run folder of this version of ncdpo.py: {why}") from error
+        raise UserError(f"'{run}' is damaged, or no run folder of this version of ncdpo.py: {why}") from error
 
 
 def load_config(run):
@@ -1063,10 +1009,10 @@ def load_config(run):
 
 
 def save_checkpoint(trainer, run):
-    """checkpoint.pt: tensors, numbers and strings only."""
-    state = {"spaces": trainer.env.spaces, "update": trainer.done, "seconds": trainer.seconds,
-             "agent": trainer.agent.state_dict(), "optimizer": trainer.optimizer.state_dict(),
-             "random": torch.get_rng_state()}
+    """checkpoint.pt: tensors, numbers and strings only, which torch loads with weights_only=True."""
+    state = {"spaces": trainer.env.spaces, "bounds": trainer.env.bounds, "update": trainer.done,
+             "seconds": trainer.seconds, "agent": trainer.agent.state_dict(),
+             "optimizer": trainer.optimizer.state_dict(), "random": torch.get_rng_state()}
     torch.save(state, buffer := io.BytesIO())
     write(run / "checkpoint.pt", buffer.getvalue())
 
@@ -1081,11 +1027,41 @@ def load_agent(run, where, /, **changed):
         state = torch.load(Path(run, "checkpoint.pt"), map_location=where, weights_only=True)
         agent = Agent(config, *state["spaces"]).to(where)
         agent.load_state_dict(state["agent"])
-        version = json.loads(Path(run, "config.json").read_text())["versions"]["mujoco"]
-    if version != mujoco_version():
-        physics = f"MuJoCo {version}, this is {mujoco_version()}: physics differs"
-        print(f"ncdpo: {run} is of {physics}", file=sys.stderr)
+        then, now = json.loads(Path(run, "config.json").read_text())["versions"]["mujoco"], version("mujoco")
+    if then != now:
+        print(f"ncdpo: {run} is of MuJoCo {then}, this is {now}: physics differs", file=sys.stderr)
     return config, agent, state
+
+
+class LoadedPolicy(nn.Module):
+    """Raw observations (S,) or (B, S) to actions of the task: numpy to numpy, torch to torch. load_policy makes it."""
+
+    def __init__(self, agent, bounds, chunk, way):
+        super().__init__()
+        self.agent, self.bounds, self.chunk, self.way = agent.requires_grad_(False), bounds, chunk, way
+
+    def forward(self, obs):
+        rows, policy = torch.atleast_2d(torch.as_tensor(obs)), self.agent.policy
+        B, K, A = rows.shape[0], policy.K, policy.act_dim  # shape, as len would fix torch.export's B
+        omega, noise = torch.zeros(B, K, A), torch.zeros(B, A)
+        if self.way != "zero noise":
+            omega, drawn = policy.draw_noise(B)
+            noise = drawn if self.way == "exploring" else noise
+        action = to_task(self.agent.act(rows, omega, noise)[0], **self.bounds)
+        if self.chunk > 1:
+            action = action.unflatten(-1, (self.chunk, -1))
+        action = action if len(obs.shape) > 1 else action[0]
+        return action.numpy() if isinstance(obs, np.ndarray) else action
+
+
+def load_policy(run, way="zero noise"):
+    """A saved run's policy on the CPU, as a torch module without gradients; `way` as in evaluate. Raises UserError.
+
+    A Box action is (A,), or of a chunk (H, A), to be played in a row; a Discrete one (). With a batch: (B, ...).
+    """
+    config, agent, state = load_agent(run, torch.device("cpu"))
+    with reading(run):
+        return LoadedPolicy(agent, state["bounds"], config.action_chunk, way)
 
 
 def require_same(before, config, names):
@@ -1134,7 +1110,7 @@ def start_from(trainer, run):
 @torch.no_grad()
 @torch.random.fork_rng([])
 def evaluate(run, episodes=10, max_steps=100_000, **changed):
-    """Play `episodes` episodes of a saved run, each to max_steps, in three ways: {way: {"return": array, ...}}.
+    """Play a saved run in three ways, `episodes` each, to max_steps at most: {way: {"return": array, ...}}.
 
     "exploring" is the policy as it was trained; "mean action" leaves out the final Gaussian (or takes the likeliest
     choice); "zero noise" sets all noise of the chain to 0 as well, as policies are often deployed. Each environment
@@ -1142,15 +1118,14 @@ def evaluate(run, episodes=10, max_steps=100_000, **changed):
     entry. Also "length" and "success". `changed` are fields of Config. It runs on the CPU, all ways at once.
     """
     config, agent, state = load_agent(run, torch.device("cpu"), **changed)
-    ways = ["exploring", "mean action", "zero noise"][:3 if agent.policy.K else 2]
-    env = VectorEnv(config.env, episodes * len(ways), torch.device("cpu"), chunk=config.action_chunk)
+    env = VectorEnv(config.env, 3 * episodes, torch.device("cpu"), chunk=config.action_chunk)
     require_spaces(env, state)
     N, seed = env.num_envs, 1_000_003 + config.seed  # apart from training's
-    way = torch.arange(N) * len(ways) // N  # of each environment
+    way = torch.arange(N) * 3 // N  # of each environment
     alive, sums = torch.ones(N, 1), torch.zeros(N, 3)
     with contextlib.closing(env):
         torch.default_generator.manual_seed(seed)
-        obs = env.reset(seed, repeat=len(ways))
+        obs = env.reset(seed, repeat=3)
         while alive.any() and sums[:, 1].max() < max_steps:  # some tasks never end
             omega, noise = agent.policy.draw_noise(N)
             omega[way == 2] = 0
@@ -1159,27 +1134,26 @@ def evaluate(run, episodes=10, max_steps=100_000, **changed):
             parts = reward.nansum(1), reward.isfinite().sum(1), env.envs.success
             sums += alive * torch.stack(parts, 1)
             alive[terminated | truncated] = 0
-    names = ("return", "length", "success")
-    return {name: dict(zip(names, sums[way == i].T.numpy())) for i, name in enumerate(ways)}
+    columns = [dict(zip(("return", "length", "success"), part.T.numpy())) for part in sums.chunk(3)]
+    return dict(zip(("exploring", "mean action", "zero noise"), columns))
 
 
 def describe(result):
     """An evaluation as text."""
     lines = []
     for way, values in result.items():
-        spread = [f"{what} {x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
-                  for what, x in values.items() if what != "success"]
+        cells = [f"{what} {x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
+                 for what, x in values.items() if what != "success"]
         if np.isfinite(values["success"]).all():  # NaN: the task tells none
-            spread.append(f"success {values['success'].mean():.0%}")
-        lines.append(f"{way:>13}: {', '.join(spread)}")
+            cells.append(f"success {values['success'].mean():.0%}")
+        lines.append(f"{way:>13}: {', '.join(cells)}")
     return "\n".join(lines)
 
 
 def read_metrics(run):
-    """metrics.csv of a run folder, one float array per column; an empty cell (no episode ended, no chain) is NaN."""
-    with open(Path(run, "metrics.csv"), newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
+    """metrics.csv of a run folder, one float array per column; NaN where no episode ended or a task tells nothing."""
+    table = np.genfromtxt(Path(run, "metrics.csv"), delimiter=",", ndmin=2)[1:]  # without the header
+    return dict(zip(COLUMNS, table.T))
 
 
 # ===== 10  Configuration and command line =============================================================================
@@ -1268,9 +1242,8 @@ PRESETS = {  # by the name of the task without its version; the same for all alg
 
 
 def parse(arguments, preset=None):
-    """Config, the run folders of --evaluate and --resume, and the fields given on the command line.
-
-    The defaults are those of the run folder that a flag names, or else a `preset`, or else those of the task.
+    """Config, the run folders of --evaluate and --resume, and the fields given on the command line; the others are
+    those of the run folder that a flag names, or else of `preset`, or else the task's.
     """
     parser = argparse.ArgumentParser(
         description="NCDPO in one file. Defaults in brackets; some tasks have their own (PRESETS).",
@@ -1294,9 +1267,7 @@ def parse(arguments, preset=None):
     if evaluated is None and resumed is None and "init_from" in given:
         given = {"total_timesteps": Config.total_timesteps, "runs": Config.runs} | given
     for run in (evaluated, resumed, given.get("init_from")):
-        if run == "":
-            raise UserError("the name of a run folder is empty: is a variable of the shell not set?")
-        if run:
+        if run is not None:
             return dataclasses.replace(load_config(run), **given), evaluated, resumed, given
     return Config(**preset | given) if preset else Config.for_task(**given), None, None, given
 
@@ -1305,7 +1276,7 @@ def main(arguments=None):
     """Entry point; returns the exit code: 0, 2 for a mistake told in one sentence, 130 for an interruption."""
     try:
         config, evaluated, resumed, given = parse(sys.argv[1:] if arguments is None else arguments)
-        if evaluated:
+        if evaluated is not None:
             print(describe(evaluate(evaluated, **{"episodes": config.episodes} | given)))
         else:
             train(config, resumed)

@@ -52,7 +52,7 @@ def load(source, env):
                             f"({n}, {size}): these are not demonstrations of this task")
         demos[key] = demos[key].reshape(n, size)
     if env.discrete:
-        action = 2.0 * (demos["actions"] - env.offset == np.arange(env.act_dim)) - 1
+        action = 2.0 * (demos["actions"] - env.bounds["low"].item() == np.arange(env.act_dim)) - 1
         inside, extreme = (action > 0).any(1), ""
     else:
         action, inside = from_task(demos["actions"], env)
@@ -75,10 +75,11 @@ def load(source, env):
 
 
 def from_task(action, env):
-    """Box actions (n, A) of the task in [-1, 1], what env.to_task undoes, and whether they are in its space (n,)."""
-    center, half = (x[:action.shape[1]].cpu().numpy() for x in (env.center, env.half))
+    """Box actions (n, A) of the task in [-1, 1], what ncdpo.to_task undoes, and whether they are in its space (n,)."""
+    low, high = (env.bounds[name][:action.shape[1]].cpu().numpy() for name in ("low", "high"))
+    center, half = (high + low) / 2, (high - low) / 2
     off, slack = action - center, 1e-3 * half + 1e-6 * np.abs(center)  # it may have been rounded to a float32
-    inside = (np.abs(off) <= half + slack) & ((action == action.round()) | (not env.rounds))
+    inside = (np.abs(off) <= half + slack) & ((action == action.round()) | (not env.bounds["whole"]))
     return np.divide(off, half, out=np.zeros_like(off), where=half > 0), inside.all(1)
 
 

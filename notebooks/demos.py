@@ -66,7 +66,7 @@ def record(run, steps, deterministic):
             used += 1
             after, reward, terminated, truncated, _ = env.step(action)
             used[terminated | truncated] = H  # a new episode asks for a new chunk
-            row = obs, env.to_task(action), reward[:, 0], terminated, truncated
+            row = obs, ncdpo.to_task(action, **env.bounds), reward[:, 0], terminated, truncated
             rows.append([x.numpy().astype(kind) for x, kind in zip(row, kinds)])
             obs = after
     return dict(zip(DEMO_KEYS, (np.stack(column, 1) for column in zip(*rows))))
