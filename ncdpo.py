@@ -793,7 +793,8 @@ class MujocoEnvs:
             x_before = pool.qpos[:, 0].clone()
             pool.step(part)  # also where the episode has ended: what happens there is not looked at
             reward, fell = self.outcome(x_before, part)
-            # a state that diverged is no consequence of an action: it terminates, with zeros for what is not known
+            # a state that diverged terminates, with zeros for what is not known; on a CPU MuJoCo has mostly put it to
+            # rest before one sees it, as in Gymnasium
             diverged = ~(torch.cat([pool.qpos, pool.qvel], 1).abs() < 1e10).all(1)  # MuJoCo's own limit
             obs = self.observe().masked_fill(diverged[:, None], 0)
             final_obs = obs.where(alive[:, None], final_obs) if i else obs
