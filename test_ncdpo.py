@@ -1934,7 +1934,8 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--resume", "nowhere"], "nowhere"),
     (["--evaluate", "nowhere"], "nowhere"),
     (["--init-from", "nowhere"], "nowhere"),
-    (["--resume", "", "--total-timesteps", "2048"], "'' is damaged, or no run folder"),  # a variable of the shell is not set
+    # a variable of the shell that is not set
+    (["--resume", "", "--total-timesteps", "2048"], "'' is damaged, or no run folder"),
     (["--evaluate", "", "--total-timesteps", "2048"], "'' is damaged, or no run folder"),
     (["--init-from", "", "--total-timesteps", "2048"], "'' is damaged, or no run folder"),
     (["--resume", "one", "--evaluate", "other"], "not allowed with"),
@@ -2392,8 +2393,8 @@ def script(name):
     return module
 
 
-SCRIPTS = "demos", "film", "curves", "health", "e16", "moving", "speed"
-demos, film, curves, health, e16, moving, speed = map(script, SCRIPTS)
+SCRIPTS = "demos", "film", "curves", "health", "e16", "moving", "speed", "plots", "toy"
+demos, film, curves, health, e16, moving, speed, plots, toy = map(script, SCRIPTS)
 
 
 def scripts_complaint(capsys, script, *line):
@@ -3695,6 +3696,47 @@ def test_a_dead_process_or_ctrl_c_ends_all_and_any_number_resumes_the_run(pair, 
     assert [int(row["step"]) for row in rows_of(run)] == list(range(192, 192 * (done + 1) + 1, 192))
     assert not torch.equal(before, checkpoint_of(run)["agent"]["critic.0.weight"])
 
+# --- modules of the notebooks ----------------------------------------------------------------------------------------
+
+def test_peak_memory_counts_the_bytes_that_were_alive_at_once(health):
+    x = torch.zeros(1000)  # before the block: not counted
+    with health.PeakMemory() as memory:
+        y = x + 1
+        z = y[:10] * 2  # a view costs nothing, its product 40 bytes
+        del y
+        w = x + 3
+    assert memory.most == memory.now == 4000 + 40, (memory.most, memory.now)  # y died before w was born
+    with health.PeakMemory() as memory:
+        y, z = x + 1, x + 2
+        x += 1  # in place
+    assert memory.most == 8000
+
+
+def test_the_toys_mixture_is_a_density_and_what_its_two_steps_sample(float64, toy):  # E7
+    torch.manual_seed(0)
+    policy = toy.clone(toy.small(2), steps=100)
+    density = toy.marginal_density(policy)
+    assert density.sum() * toy.WIDTH == pytest.approx(1, abs=1e-6)
+    action, _, _ = policy.sample(torch.ones(20_000, 1))
+    assert (density @ toy.ACTIONS) * toy.WIDTH == pytest.approx(action.mean().item(), abs=0.02)
+    assert (density @ toy.ACTIONS**2) * toy.WIDTH == pytest.approx(action.square().mean().item(), abs=0.02)
+
+
+def test_a_table_has_its_numbers_in_one_format_and_its_words_and_whole_numbers_as_they_are(plots):
+    text = plots.table("name | a | b", [("x", 3, torch.tensor(0.12345)), ("y", None, "5%")], ".2f").data
+    assert text.splitlines() == ["| name | a | b |", "| --- | --- | --- |", "| x | 3 | 0.12 |", "| y |  | 5% |"]
+
+
+def test_panels_of_one_figure_share_one_legend(plots, monkeypatch):
+    monkeypatch.setattr(plots.plt, "show", lambda: None)
+    with plots.panels("title", ["left", "right"], x=["a", "b"], y="value", xlim=(0, 2)) as grid:
+        for ax in grid.flat:
+            plots.lines(ax, [0, 1], {"one": [1, 2], "two": [3, 4]})
+    legend, = grid[0, 0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+    assert [ax.get_xlabel() for ax in grid[0]] == ["a", "b"] and grid[0, 0].get_ylabel() == "value"
+    plots.plt.close("all")
+
 
 # ===== texts =========================================================================================================
 
@@ -3727,11 +3769,21 @@ def test_notebook_runs_and_shows_what_it_showed_when_it_was_committed(path):
         assert shown(was) == shown(now), was.source
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_begins_with_five_lines_at_most_that_say_what_to_do_on_colab(path):
+    first, *cells = json.loads(path.read_text())["cells"]
+    assert first["cell_type"] == "markdown" and len(first["source"]) <= 5
+    assert "On Colab, " in "".join(first["source"]) and "git clone" in "".join(first["source"])
+    for cell in cells:
+        assert cell["cell_type"] == "markdown" or max(map(len, "".join(cell["source"]).splitlines())) <= 120
+
+
 def test_every_equation_of_the_readme_has_its_code_its_notebook_and_its_tests():
     rows = re.findall(r"^\| (E\d+) \|.*\| ([^|]*) \| (\d) \|$", README.read_text(), re.MULTILINE)
     assert [label for label, _, _ in rows] == [f"E{i}" for i in range(1, 19)]
     for label, code, number in rows:
-        cells = json.loads(NOTEBOOKS[int(number) - 1].read_text())["cells"]
+        path, = (path for path in NOTEBOOKS if path.name.startswith(f"0{number}_"))
+        cells = json.loads(path.read_text())["cells"]
         assert re.search(rf"\b{label}\b", "".join(line for cell in cells for line in cell["source"])), (label, number)
         for name in re.findall(r"`([\w./]+)`", code):
             assert (HERE / name).exists() if "/" in name else operator.attrgetter(name)(ncdpo)
