@@ -1153,8 +1153,9 @@ def describe(result):
 
 def read_metrics(run):
     """metrics.csv of a run folder, one float array per column; NaN where no episode ended or a task tells nothing."""
-    table = np.genfromtxt(Path(run, "metrics.csv"), delimiter=",", ndmin=2)[1:]  # without the header
-    return dict(zip(COLUMNS, table.T))
+    path = Path(run, "metrics.csv")
+    names = path.read_text().split("\n", 1)[0].split(",")
+    return dict(zip(names, np.genfromtxt(path, delimiter=",", ndmin=2)[1:].T))
 
 
 # ===== 10  Configuration and command line =============================================================================

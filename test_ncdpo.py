@@ -66,7 +66,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ncdpo
 from ncdpo import UserError, VectorEnv, main, make_env
-from notebooks import cloning
+from notebooks import cloning, modes
 
 HERE = Path(ncdpo.__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -499,11 +499,13 @@ def test_the_core_learns_a_bandit_when_it_is_pasted_elsewhere(core):
 
 
 def test_readmes_lines_run_below_the_core(core):
-    core |= dict(obs_dim=3, act_dim=2, obs=torch.randn(64, 3), advantage=torch.randn(64), target=torch.randn(64))
-    lines = re.search(r"```python\n(import math.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
-    exec(lines, core)  # README
-    core["loss"].backward()  # through the chain
+    core |= dict(obs_dim=3, act_dim=2, obs=torch.randn(64, 3), A=torch.randn(64))
+    text = (HERE / "README.md").read_text()
+    lines = re.search(r"```python\n(policy = .*?)```", text, re.DOTALL).group(1)
+    assert "`import math, torch, torch.nn as nn, torch.nn.functional as F`" in text  # the fixture's own
+    exec(lines, core)  # README; it ends with loss.backward(), through the chain
     assert core["policy"].denoiser.net[0].weight.grad.norm() > 1e-4
+    assert torch.allclose(core["ratio"], torch.ones(64), atol=1e-5) and len(lines.splitlines()) == 6
 
 
 class Transformer(torch.nn.Module):
@@ -2393,8 +2395,8 @@ def script(name):
     return module
 
 
-SCRIPTS = "demos", "film", "curves", "health", "e16", "moving", "speed", "plots", "toy"
-demos, film, curves, health, e16, moving, speed, plots, toy = map(script, SCRIPTS)
+SCRIPTS = "demos", "film", "curves", "health", "e16", "moving", "speed", "plots", "toy", "verdicts"
+demos, film, curves, health, e16, moving, speed, plots, toy, verdicts = map(script, SCRIPTS)
 
 
 def scripts_complaint(capsys, script, *line):
@@ -3216,6 +3218,8 @@ def test_picture_of_runs_shows_the_updates_with_episodes_and_few_of_them_as_poin
             assert line.get_ydata().tolist() == (-steps).tolist() and (line.get_marker() == ".") == (n == 4)
 
 
+# --- notebooks/curves.py ---------------------------------------------------------------------------------------------
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -3232,11 +3236,11 @@ else:
     assert flags["--rate"] == f"run-{seed}" and flags["--env"] == "a:b?c=1" and flags["--algo"] == "dppo"
     if seed == 2 and not Path(flags["--runs"], "again").exists():
         sys.exit("interrupted")
-print("  mean action: ", sys.argv)
+print("  mean action: return 7.5 +- 0.1 (min 7, max 8)")
 """
 
 
-def test_runs_of_another_program_are_resumed_but_not_repeated_and_become_a_file(tmp_path, monkeypatch, curves, capsys):
+def test_runs_of_another_program_are_resumed_but_not_repeated_and_become_files(tmp_path, monkeypatch, curves, capsys):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "other.py").write_text(PROGRAM.replace("HEADER", repr(",".join(ncdpo.COLUMNS))))
     monkeypatch.setattr(curves, "HERE", tmp_path / "notebooks")
@@ -3244,15 +3248,260 @@ def test_runs_of_another_program_are_resumed_but_not_repeated_and_become_a_file(
     monkeypatch.setattr(sys, "argv", line.split())
     with pytest.raises(subprocess.CalledProcessError):
         curves.main()
-    runs, path = tmp_path / "runs" / "a_b__dppo", tmp_path / "notebooks" / "curves" / "a_b__dppo.csv"
+    runs, folder = tmp_path / "runs" / "a_b__dppo", tmp_path / "notebooks" / "curves"
+    (folder / "evaluations.csv").write_text("task,line,seed,exploring,mean action\na_b,dppo,1,1,1\na_b,ppo,1,2,3\n")
     before = (runs / "a_b__dppo__1.log").stat().st_mtime_ns
     curves.main()
     assert (runs / "a_b__dppo__1.log").stat().st_mtime_ns == before
-    assert "--resume" in (runs / "a_b__dppo__2.log").read_text() and "chain_clipped" not in curves.COLUMNS
-    curve = curves.read(path)
+    assert "--resume" in (runs / "a_b__dppo__2.log").read_text() or "7.5" in (runs / "a_b__dppo__2.log").read_text()
+    curve = curves.read(folder / "a_b__dppo.csv")
     assert list(curve) == curves.COLUMNS and curve["seed"][:, 0].tolist() == [1, 2]
+    assert "chain_clipped" not in curves.COLUMNS
     expected = [(2 * t + 2 * t - 1) / 2 for t in range(1, 101)]  # two updates a row
     np.testing.assert_allclose(curve["return"], [expected, [2 * x for x in expected]])
+    assert curves.rows_of(folder / "evaluations.csv") == [  # another line's row stays, the line's own are replaced
+        {"task": "a_b", "line": "ppo", "seed": "1", "exploring": "2", "mean action": "3"},
+        *({"task": "a_b", "line": "dppo", "seed": seed, "exploring": "", "mean action": "7.5"} for seed in "12")]
+    assert curves.load(folder)["a_b"]["dppo"]["mean action"].tolist() == [7.5, 7.5]
+
+
+def test_what_a_run_prints_at_its_end_is_read_back(curves):
+    numbers = {"return": np.array([1.0, 2.5]), "length": np.array([5.0, 7]), "success": np.array([1.0, 0])}
+    ways = {"exploring": numbers, "mean action": {**numbers, "return": np.array([-3.0, -4])}}
+    log = "    1,024 steps (50%), return 99.0, 7 steps/s\n" + ncdpo.describe(ways)
+    assert curves.evaluation(log) == {"exploring": 1.8, "exploring success": 0.5,
+                                      "mean action": -3.5, "mean action success": 0.5}
+    numbers["success"] = np.full(2, np.nan)
+    assert curves.evaluation(ncdpo.describe({"zero noise": numbers})) == {"zero noise": 1.8}
+    assert curves.evaluation("    1,024 steps (50%), return 99.0, success 12%\n") == {}
+
+
+def test_runs_of_folders_whose_seeds_have_starts_of_their_own_are_compared_in_pairs(
+        curves, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curves, "HERE", tmp_path)
+    for folder in ("other", curves.OWN_STARTS[0]):
+        (tmp_path / "curves" / folder).mkdir(parents=True)
+        write_line(tmp_path / "curves" / folder, "Task-v0__ncdpo", [2, 20, 200])
+        write_line(tmp_path / "curves" / folder, "Task-v0__ppo", [1, 10, 100])
+    assert "2.00 [2.00, 2.00]" in printed(curves, monkeypatch, capsys, f"curves.py --folder {curves.OWN_STARTS[0]}")
+    assert "2.00 [2.00, 2.00]" not in printed(curves, monkeypatch, capsys, "curves.py --folder other")
+
+
+def write_line(folder, name, values, seeds=(1, 2, 3)):
+    """A file of two rows a seed, of which the last tenth of training is the second."""
+    rows = [f"{seed},{step},60,1,{value},5" for seed, value in zip(seeds, values) for step in (1, 2)]
+    (folder / f"{name}.csv").write_text("\n".join(["seed,step,seconds,episodes,return,length", *rows]))
+
+
+def test_lines_are_sorted_by_algorithm_and_steps_and_named_so_in_the_tables(curves, tmp_path):
+    for i, line in enumerate(("ppo", "dppo-s20", "ncdpo-k10", "ncdpo-k2", "ncdpo-epsilon")):
+        write_line(tmp_path, f"Task-v0__{line}", [i + 1, i + 2, i + 3])
+    loaded = curves.load(tmp_path)
+    assert list(loaded["Task-v0"]) == ["ncdpo-k2", "ncdpo-k10", "ppo", "dppo-s20"]  # "ncdpo-epsilon" is no line
+    assert [row.split("|")[2].strip() for row in curves.table(loaded).splitlines()[2:]] == [
+        "NCDPO, K = 2", "NCDPO, K = 10", "MLP+PPO", "DPPO, S = 20"]
+    assert list(curves.load(tmp_path, only=["ncdpo-epsilon", "ppo"])["Task-v0"]) == ["ncdpo-epsilon", "ppo"]
+
+
+def test_seeds_of_two_folders_are_put_together_with_their_own_evaluations(curves, tmp_path):
+    for name, seeds, extra in (("a", (1, 2, 3), ",zero noise"), ("b", (7, 8), "")):
+        (tmp_path / name).mkdir()
+        write_line(tmp_path / name, "Task-v0__ncdpo", [10 * seed for seed in seeds], seeds)
+        rows = [f"Task-v0,ncdpo,{seed},{100 * seed}" + (",5" if extra else "") for seed in reversed(seeds)]
+        rows.append("Task-v0,dppo,7,700")
+        (tmp_path / name / "evaluations.csv").write_text("\n".join(["task,line,seed,mean action" + extra, *rows]))
+    write_line(tmp_path / "b", "Task-v0__dppo", [1, 2], (7, 8))
+    loaded = curves.load(tmp_path / "a", tmp_path / "b")["Task-v0"]
+    assert curves.final(loaded["ncdpo"]).tolist() == [10, 20, 30, 70, 80]
+    assert loaded["ncdpo"]["mean action"].tolist() == [100, 200, 300, 700, 800]
+    assert "zero noise" not in loaded["ncdpo"] and "mean action" not in loaded["dppo"]  # not known of all seeds
+    assert curves.load(tmp_path / "a")["Task-v0"]["ncdpo"]["zero noise"].tolist() == [5, 5, 5]
+
+
+def printed(curves, monkeypatch, capsys, line):
+    """What a command line of curves.py prints; figures are not drawn."""
+    monkeypatch.setattr(curves, "figure", lambda *args, **kwargs: type("", (), {"savefig": lambda *a, **k: None})())
+    monkeypatch.setattr(sys, "argv", line.split())
+    capsys.readouterr()
+    curves.main()
+    return capsys.readouterr().out
+
+
+def test_each_ncdpo_is_compared_with_the_line_of_its_ending_and_with_all_that_have_no_other(
+        curves, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curves, "HERE", tmp_path)
+    for folder in ("one", "two"):
+        (tmp_path / "curves" / folder).mkdir(parents=True)
+    values = {"ncdpo": 12, "dppo": 6, "ppo": 4, "dppo-matched": 3, "ncdpo-sample": 20, "dppo-sample": 10}
+    for line, value in values.items():
+        write_line(tmp_path / "curves" / "one", f"Task-v0__{line}", [value] * 3)
+    write_line(tmp_path / "curves" / "two", "Task-v0__ppo", [8] * 3)
+    said = lambda line: re.findall(r"^\| ([^|]* / [^|]*) \| Task-v0 \| 3 \| (\S+)", printed(
+        curves, monkeypatch, capsys, f"curves.py {line}"), re.MULTILINE)
+    assert sorted(said("--folder one")) == sorted([
+        ("NCDPO / MLP+PPO", "3.00"), ("NCDPO / DPPO", "2.00"), ("NCDPO / DPPO, matched noise", "4.00"),
+        ('NCDPO, "sample" / DPPO, "sample"', "2.00")])
+    assert said("--folder one --ratios ppo/dppo-matched dppo/ncdpo") == [
+        ("MLP+PPO / DPPO, matched noise", "1.33"), ("DPPO / NCDPO", "0.50")]
+    assert said("--folder one --against two") == [("MLP+PPO / two", "0.50")]
+    assert "| pooled | all 2 | 3 | 1.41 [1.41, 1.41] **higher, provisional** |" in printed(
+        curves, monkeypatch, capsys, "curves.py --folder one --pool --ratios ncdpo/dppo dppo/dppo")
+    with pytest.raises(SystemExit, match="no such lines"):
+        said("--folder one --ratios ppo5/ppo6")
+
+
+def test_table_of_curves_that_are_straight_lines(curves, tmp_path):
+    """Return slope * seed * t at row t of 100; no episode ends in each seventh row, ten in the last one, else one."""
+    for algo, slope in (("ncdpo", 2), ("ppo", 1)):
+        with open(tmp_path / f"Task-v1__{algo}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, curves.COLUMNS)
+            writer.writeheader()
+            for seed, t in itertools.product(range(1, 6), range(1, 101)):
+                n = 0 if t % 7 == 0 else 10 if t == 100 else 1
+                writer.writerow({"seed": seed, "step": t, "seconds": 60 * t * seed, "episodes": n,
+                                 "return": slope * seed * t if n else "", "success": 0.25 if n else ""})
+    heads, _, ours, theirs = ([cell.strip() for cell in line.split("|")][1:-1] for line in
+                              curves.table(curves.load(tmp_path)).splitlines())
+    assert heads == ["task", "algorithm", "seeds", "final success", "final return", "area", "minutes"]
+    # seed 3 is their mean; of the last ten rows 91 and 98 are empty: (92 + ... + 99 - 98 + 10 * 100) / 17 = 98
+    half = 2.776 * np.std([196, 392, 588, 784, 980], ddof=1) / 5**0.5  # t of four degrees of freedom
+    assert ours == ["Task-v1", "NCDPO", "5", "0.25 [0.25, 0.25]", f"588 [{588 - half:.0f}, {588 + half:.0f}]",
+                    ours[5], "300.0"]
+    assert ours[5].startswith("303 [") and theirs[4].startswith("294 [")
+
+
+# --- notebooks/verdicts.py -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dof, quantile", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (30, 2.042),
+                                           (120, 1.980)])
+def test_quantiles_are_those_of_the_printed_tables_of_students_t(verdicts, dof, quantile):
+    assert verdicts.student(dof) == pytest.approx(quantile, abs=6e-4)
+
+
+def test_quantile_between_whole_degrees_of_freedom_leaves_a_fortieth_above(verdicts):
+    x = np.random.default_rng(0).standard_t(2.5, 400_000)
+    assert np.mean(x > verdicts.student(2.5)) == pytest.approx(0.025, abs=1e-3)
+
+
+def test_interval_of_a_mean_is_the_t_interval_along_seeds(verdicts):
+    low, high = verdicts.interval(np.array([[1.0, 10], [2, 10], [3, 10]]))
+    np.testing.assert_allclose([low, high], [[2 - 4.3027 / 3**0.5, 10], [2 + 4.3027 / 3**0.5, 10]], atol=1e-3)
+    assert np.isnan(verdicts.interval(np.array([1.0]))).all()
+
+
+def test_ratio_of_one_task_is_welchs_interval_of_relative_deviations(verdicts):
+    x, y = np.array([3.0, 4, 8]), np.array([2.0, 3, 3, 0])  # a seed may be 0
+    a, b = np.var([0.6, 0.8, 1.6], ddof=1) / 3, np.var([1, 1.5, 1.5, 0], ddof=1) / 4
+    dof = (a + b) ** 2 / (a**2 / 2 + b**2 / 3)
+    half = verdicts.student(dof) * (a + b) ** 0.5
+    np.testing.assert_allclose(verdicts.ratio(x, y), [2.5, 2.5 * np.exp(-half), 2.5 * np.exp(half)])
+    assert verdicts.ratio([20.0] * 5, [10.0] * 5) == pytest.approx((2, 2, 2))
+
+
+def test_a_ratio_without_a_positive_mean_or_of_a_single_seed_is_not_a_number(verdicts):
+    for x, y in (([1.0, 2], [-5.0, 4]), ([-1.0, 1], [1.0, 2]), ([1.0], [1.0, 2])):
+        assert np.isnan(verdicts.ratio(x, y)).all()
+    assert np.isnan(verdicts.ratio([3.0, 0], [1.0, 2], paired=True)).all()  # a pair's ratio needs two positive numbers
+    assert verdicts.ratio([3.0, 0], [1.0, 2])[0] == 1
+
+
+def test_pooled_ratio_is_the_geometric_mean_whatever_a_tasks_unit(verdicts):
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.uniform(1, 2, (3, 5)), rng.uniform(1, 2, (3, 5))
+    point, low, high = verdicts.ratio(ours, theirs)
+    singles = [verdicts.ratio(x, y) for x, y in zip(ours, theirs)]
+    assert point == pytest.approx(np.prod([single[0] for single in singles]) ** (1 / 3))
+    scale = np.array([[1], [1000], [0.01]])
+    assert verdicts.ratio(ours * scale, theirs * scale) == pytest.approx((point, low, high))
+    assert np.log(high / low) < max(np.log(single[2] / single[1]) for single in singles)
+
+
+def test_pairs_take_out_what_the_seeds_of_a_pair_share(verdicts):
+    start = np.array([1.0, 3, 10])
+    assert verdicts.ratio(2 * start, start, paired=True) == pytest.approx((2, 2, 2))
+    _, low, high = verdicts.ratio(2 * start, start)
+    assert low < 1 < high
+    x, y = np.array([1.0, 2, 3]), np.array([2.0, 2, 5])
+    half = verdicts.student(2) * np.std(np.log([0.5, 1, 0.6]), ddof=1) / 3**0.5
+    middle = 0.3 ** (1 / 3)
+    assert verdicts.ratio(x, y, paired=True) == pytest.approx(
+        (middle, middle * np.exp(-half), middle * np.exp(half)))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("seeds, tasks", [(3, 1), (3, 3), (10, 3)])
+def test_intervals_hold_the_true_ratio_as_often_as_they_say(verdicts, seeds, tasks, paired):
+    rng = np.random.default_rng(1)
+    pairs = [(spread * np.array([-1.0, 0, 1]) + mean, np.array([-0.1, 0, 0.1]) + 1)
+             for spread, mean in ((0.2, 1.5), (1, 5), (0.05, 1))[:tasks]]
+    assert 0.92 < verdicts.coverage(pairs, rng.normal(size=1000), seeds, paired, samples=1000) < 0.98
+
+
+def test_improvement_is_the_share_of_pairs_in_which_ours_is_above(verdicts):
+    assert verdicts.improvement([[1.0, 5]], [[2.0, 3, 4, 0]]) == 5 / 8
+    assert verdicts.improvement([[1.0, 5], [1.0]], [[2.0, 3, 4, 0], [2.0]]) == 5 / 16
+    assert verdicts.improvement([[1.0, 5]], [[0.0, 6]], paired=True) == 1 / 2
+
+
+def test_words_follow_from_the_interval_and_few_seeds_make_them_provisional(verdicts):
+    for low, high, word in ((1.01, 3, "higher"), (0.5, 0.99, "lower"), (0.91, 0.99, "lower"), (0.91, 1.2, "as high"),
+                            (0.89, 1.2, ""), (1.0, 1.2, "as high"), (0.9, 1.2, "")):
+        assert verdicts.word(low, high, 5) == word
+        assert verdicts.word(low, high, 4) == (word and f"{word}, provisional")
+    assert verdicts.cell(0.95, 0.8999, 1.004, 5) == "0.95 [0.900, 1.004]"
+    assert verdicts.cell(2, 1.5, 2.5, 3) == "2.00 [1.50, 2.50] **higher, provisional**"
+    assert verdicts.cell(*[np.nan] * 3, 3) == ""
+
+
+def test_ratio_table_pools_the_tasks_and_takes_only_seeds_of_both_in_pairs(verdicts):
+    seeds = np.arange(6.0)
+    ours = {"seed": seeds, "return": 2 * seeds + 2, "mean action": seeds + 1}
+    theirs = {"seed": seeds[1:], "return": seeds[1:] + 1}
+    table = lambda **how: [[cell.strip() for cell in row.split("|")[1:-1]] for row in verdicts.ratio_table(
+        {"A / B": {"one": (ours, theirs), "two": (theirs, theirs)}}, **how).splitlines()]
+    heads, _, one, two, both = table(paired=True)
+    assert heads == ["ratio", "task", "seeds", "return", "chance above"] and one[:3] == ["A / B", "one", "5"]
+    assert one[3] == "2.00 [2.00, 2.00] **higher**" and two[3] == "1.000 [1.000, 1.000] **as high**"
+    assert both[1] == "all 2" and both[3] == "1.41 [1.41, 1.41] **higher**" and two[4] == "0%"
+    assert table()[2][2] == "5 to 6"  # not in pairs all seeds count
+
+
+# ===== texts: numbers of README.md and RESULTS.md come from CSV files ================================================
+
+@pytest.fixture
+def said(curves, monkeypatch, capsys):
+    """What all commands of RESULTS.md that print tables print, in code blocks and as `--folder ...`."""
+    text = (HERE / "notebooks" / "RESULTS.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"^python notebooks/(curves\.py(?: --.*)?)$", text, re.MULTILINE)
+    found += [f"curves.py {line}" for line in re.findall(r"`(--folder\s[^`]*)`", text)]
+    lines = dict.fromkeys(" ".join(re.sub(r" +#.*", "", line).split()) for line in found)
+    assert len(lines) > 15
+    return [row for line in lines for row in printed(curves, monkeypatch, capsys, line).splitlines()]
+
+
+def test_every_row_of_a_table_of_results_is_what_its_commands_print(said):
+    text = (HERE / "notebooks" / "RESULTS.md").read_text()
+    tables = re.findall(r"^\| (?:ratio \| task|task \| algorithm \| seeds) .*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert len(tables) > 12
+    for row in (row for table in tables for row in table.splitlines()):
+        assert row in said or set(row) <= set("|-"), row
+
+
+def intervals(text):
+    """What a text says with an interval, "1.16 [1.07, 1.26]", whatever its line breaks."""
+    number = r"-?[\d,]+(?:\.\d+)?"
+    return [" ".join(found.split()) for found in re.findall(rf"{number}\s+\[{number},\s+{number}\]", text)]
+
+
+def test_every_interval_of_results_is_printed_by_its_commands(said):
+    text = (HERE / "notebooks" / "RESULTS.md").read_text()
+    found = intervals(text.split("## What noise-conditioning keeps")[0])  # modes and manipulation have their own files
+    assert len(found) > 50 and set(found) <= set(intervals("\n".join(said)))
+
+
+def test_every_interval_of_the_readme_is_in_results():
+    found = intervals(README.read_text())
+    assert len(found) > 5 and set(found) <= set(intervals((HERE / "notebooks" / "RESULTS.md").read_text()))
 
 
 def test_files_with_the_columns_of_older_runs_are_read(curves, tmp_path):
@@ -3262,40 +3511,6 @@ def test_files_with_the_columns_of_older_runs_are_read(curves, tmp_path):
     curve = curves.read(tmp_path / "old.csv")
     assert curve["return"].tolist() == [[1, 2, 3], [2, 4, 6]] and (curve["sigma"] == 0.5).all()
     assert np.isnan(curve["success"]).all() and np.isnan(curve["chain_std"]).all()
-
-
-def test_figure_against_steps_shows_final_returns_at_each_number_of_steps(curves, tmp_path):
-    values = {"ppo": 1, "dppo-s20": 20, "ncdpo-k10": 10, "ncdpo-k2": 2, "ncdpo-epsilon": 9}
-    for line, value in values.items():
-        rows = [f"{seed},{step},1,1,{value + seed},5" for seed in (0, 1, 2) for step in (1, 2)]
-        (tmp_path / f"Task-v0__{line}.csv").write_text("\n".join(["seed,step,seconds,episodes,return,length", *rows]))
-    loaded = curves.load(tmp_path)
-    assert list(loaded["Task-v0"]) == ["ncdpo-k2", "ncdpo-k10", "ppo", "dppo-s20"]  # "ncdpo-epsilon" is no line
-    assert [row.split("|")[2].strip() for row in curves.table(loaded).splitlines()[2:]] == [
-        "NCDPO, K = 2", "NCDPO, K = 10", "MLP+PPO", "DPPO, S = 20"]
-    del loaded["Task-v0"]["ppo"]
-    points = [bars[0].get_xydata().tolist() for bars in curves.against_steps(loaded).axes[0].containers]
-    assert points == [[[2, 3], [10, 11]], [[20, 21]]]
-
-
-def test_interquartile_mean_cuts_a_quarter_rounded_down_at_each_end(curves):
-    assert curves.interquartile_mean([100.0, 1, 2, 6, -50]) == 3  # (1 + 2 + 6) / 3, not the median
-    x = np.random.default_rng(0).normal(size=(3, 8))
-    np.testing.assert_allclose(curves.interquartile_mean(x, 1), np.sort(x)[:, 2:6].mean(1))
-
-
-def test_bootstrap_interval_covers_the_mean_as_often_as_it_says(curves):
-    draws = np.random.default_rng(1).normal(size=(400, 30))
-    low, high = curves.interval(np.stack([curves.bootstrap(x, 400) for x in draws], 1))
-    assert 0.88 < np.mean((low < 0) & (0 < high)) < 0.98
-    np.testing.assert_allclose(curves.interval(np.arange(101.0)), [2.5, 97.5])  # a fortieth is left out at each end
-
-
-def test_ratio_of_known_sets_of_seeds(curves):
-    point, low, high = curves.ratio([20.0] * 5, [10.0] * 5)
-    assert (point, low, high) == (2, 2, 2)
-    point, low, high = curves.ratio([9.0, 10, 10, 10, 50], [1.0, 5, 5, 5, 6])
-    assert point == 2 and low <= point <= high and low < high
 
 
 def test_steps_to_a_threshold_are_those_of_a_straight_line(curves):
@@ -3321,24 +3536,6 @@ def test_thinned_curve_keeps_episodes_and_their_mean_return(curves):
     assert mean == pytest.approx(np.nansum(history["return"] * history["episodes"]) / episodes.sum(), abs=1e-4)
     assert float(rows[7]["sigma"]) == pytest.approx(history["sigma"][70:80].mean(), rel=1e-3)
     assert {row["chain_std"] for row in rows} == {""}
-
-
-def test_table_of_curves_that_are_straight_lines(curves, tmp_path):
-    """Return slope * seed * t at row t of 100; no episode ends in each seventh row, ten in the last one, else one."""
-    for algo, slope in (("ncdpo", 2), ("ppo", 1)):
-        with open(tmp_path / f"Task-v1__{algo}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, curves.COLUMNS)
-            writer.writeheader()
-            for seed, t in itertools.product(range(1, 6), range(1, 101)):
-                n = 0 if t % 7 == 0 else 10 if t == 100 else 1
-                writer.writerow({"seed": seed, "step": t, "seconds": 60 * t * seed, "episodes": n,
-                                 "return": slope * seed * t if n else ""})
-    ours, theirs = ([cell.strip() for cell in line.split("|")] for line in
-                    curves.table(curves.load(tmp_path)).splitlines()[2:])
-    # the middle seeds are 2, 3, 4; of the last ten rows 91 and 98 are empty: (92 + ... + 99 - 98 + 10 * 100) / 17 = 98
-    assert ours[1:4] == ["Task-v1", "NCDPO", "5"] and ours[4].startswith("588 [") and ours[5].startswith("303 [")
-    assert theirs[4].startswith("294 [") and ours[6] == "" and ours[8] == theirs[8] == "300.0"
-    assert theirs[6].startswith("2.00 [") and theirs[7].startswith("2.00 [")
 
 
 # --- notebooks/speed.py ----------------------------------------------------------------------------------------------
@@ -3695,6 +3892,163 @@ def test_a_dead_process_or_ctrl_c_ends_all_and_any_number_resumes_the_run(pair, 
     assert main(["--resume", str(run), "--total-timesteps", str(192 * (done + 1))]) == 0
     assert [int(row["step"]) for row in rows_of(run)] == list(range(192, 192 * (done + 1) + 1, 192))
     assert not torch.equal(before, checkpoint_of(run)["agent"]["critic.0.weight"])
+
+# --- notebooks/modes.py ----------------------------------------------------------------------------------------------
+
+def walk(start, action, open_goals):
+    """Plain loop over the steps of a decision: the way that was gone, and the goal that was reached, or -1."""
+    path, goal = [np.array(start, float)], -1
+    for x, y in np.clip(action, -1, 1).reshape(8, 2):
+        path.append(path[-1] + 0.1 * np.array([x, y]))
+        near = [g for g in open_goals if math.dist(path[-1], modes_goal(g)) < 0.1]
+        if near:
+            goal = near[0]
+            break
+    return path, goal
+
+
+def modes_goal(g):
+    return 0.8 * np.array([math.cos(g * math.pi / 2), math.sin(g * math.pi / 2)])
+
+
+@pytest.mark.parametrize("reward", ["dense", "sparse"])
+@pytest.mark.parametrize("closed", [None, 2])
+@pytest.mark.parametrize("limit", ["end", "cut"])
+def test_a_point_that_seeks_goals_is_paid_for_its_approach_its_arrival_and_its_steps(reward, closed, limit):
+    """Three episodes and more of 64 points, some of which head for a goal: against a plain loop."""
+    worth, open_goals = [1.0, 0.8, 0.6, 0.4], [g for g in range(4) if g != closed]
+    query = f"reward={reward}&worth=1,0.8,0.6,0.4&limit={limit}" + (f"&closed={closed}" if closed else "")
+    env = VectorEnv(f"notebooks.modes:goals?{query}", 64, CPU)
+    position, age, seen = np.zeros((64, 2)), np.zeros(64, int), set()
+    obs = env.reset(3)
+    for _ in range(13):
+        np.testing.assert_allclose(obs, np.column_stack([position, age / 4]), atol=1e-5)
+        action = 0.4 * torch.randn(64, 16)
+        action[:40] += 0.6 * torch.tensor(np.stack([modes_goal(i % 4) for i in range(40)])).float().repeat(1, 8)
+        obs, pay, terminated, truncated, final_obs = env.step(action)
+        for i in range(64):
+            path, goal = walk(position[i], action[i].numpy(), open_goals)
+            distance = lambda x: min(math.dist(x, modes_goal(g)) for g in open_goals)
+            expected = worth[goal] if goal >= 0 else 0.0
+            if reward == "dense":
+                expected += sum(distance(a) - distance(b) - 0.01 for a, b in zip(path, path[1:]))
+            late = goal < 0 and age[i] == 3
+            assert pay[i].item() == pytest.approx(expected, abs=1e-5)
+            np.testing.assert_allclose(final_obs[i], [*path[-1], (age[i] + 1) / 4], atol=1e-5)
+            assert bool(terminated[i]) == (goal >= 0 or late and limit == "end")
+            assert bool(truncated[i]) == (late and limit == "cut")
+            assert env.envs.success[i] == (goal >= 0) and env.envs.goal[i] == goal
+            ended = goal >= 0 or late
+            position[i], age[i] = (np.zeros(2), 0) if ended else (path[-1], age[i] + 1)
+            seen.add((goal, late))
+    assert seen == {(-1, False), (-1, True), *((g, False) for g in open_goals)}
+
+
+@pytest.mark.parametrize("name", ["goal", "goals?reward=much", "goals?closed=4", "goals?open=1", "goals?worth=a",
+                                  "goals?limit=none", "goals?closed="])
+def test_a_task_of_goals_that_is_not_known_is_one_sentence(name):
+    with pytest.raises(UserError, match="cannot make notebooks.modes:"):
+        VectorEnv(f"notebooks.modes:{name}", 2, CPU)
+
+
+def test_entropy_over_goals_is_that_of_their_shares_over_that_of_equal_ones():
+    assert modes.entropy([0.2, 0.2, 0.2, 0.2]) == pytest.approx(1) and modes.entropy([0, 0.3, 0, 0]) == 0
+    assert modes.entropy([0.25, 0, 0.25, 0]) == pytest.approx(0.5) and math.isnan(modes.entropy([0, 0, 0, 0]))
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
+    assert modes.entropy([0.3, 0.1, 0, 0]) == pytest.approx(expected)
+
+
+def test_demonstrations_of_goals_fail_half_of_the_time_and_head_for_all_alike(tmp_path, capsys):
+    success = modes.demonstrate(tmp_path / "d.npz", 1)
+    assert 0.4 < success < 0.65
+    env = VectorEnv("notebooks.modes:goals", 1, CPU)
+    obs, action, episode = cloning.load(tmp_path / "d.npz", env)
+    assert "400 episodes" in capsys.readouterr().out and len(np.unique(episode)) == 400
+    first = (obs[:, 2] == 0).numpy()
+    end = action[first].view(-1, 8, 2).sum(1)
+    heading = torch.stack([end @ torch.tensor(modes_goal(g)).float() for g in range(4)]).argmax(0)
+    assert first.sum() == 400 and (torch.bincount(heading, minlength=4) > 85).all()
+
+
+def small_goals(**given):
+    small = dict(env="notebooks.modes:goals", hidden=8, num_envs=32, num_steps=4, total_timesteps=1280,
+                 minibatch_size=64)
+    return ncdpo.Config(**{**modes.SETTINGS, **small, **given})
+
+
+def test_E10_a_baseline_that_sees_the_chain_knows_nothing_of_the_final_gaussian():
+    """The advantage of two actions of the same s and omega differs by their targets alone; the ratio stays at one."""
+    trainer = modes.SeesChain(small_goals())
+    trainer.iterate()
+    rollout = trainer.play()
+    judged = []
+    hook = trainer.baseline.register_forward_hook(lambda module, given, out: judged.append((given[0], out)))
+    batch, _ = trainer.make_batch(rollout)
+    hook.remove()
+    (seen, value), agent = judged[0], trainer.agent
+    f = agent.policy.mean(batch["obs"], batch["latent"])  # without the final Gaussian's noise
+    assert seen.shape == (128, 3 + 16) and torch.equal(seen, torch.cat([batch["obs"], f], 1))
+    torch.testing.assert_close(batch["advantage"], batch["target"] - value.squeeze(1))
+    torch.testing.assert_close(agent.policy.log_prob(batch["obs"], batch["action"], batch["latent"]), batch["log_prob"])
+    for name in ("action", "log_prob", "latent"):
+        assert torch.equal(batch[name], rollout[name].flatten(0, 1))
+    assert not seen.requires_grad and not batch["advantage"].requires_grad
+
+
+def test_inner_is_the_mean_over_pairs_of_different_rows(float64):
+    x, y = torch.randn(5, 3), torch.randn(5, 3)
+    pairs = [x[i] @ y[j] for i in range(5) for j in range(5) if i != j]
+    assert modes.inner(x, y) == pytest.approx(np.mean(pairs))
+
+
+def test_E10_E15_ncdpo_and_dppo_have_the_same_gradient_where_no_floor_binds():
+    """Both are unbiased for the same policy: the cosine of their expected gradients is one."""
+    found, policy, obs = {}, None, torch.randn(3).expand(60_000, 3)
+    for algo in ("ncdpo", "dppo"):
+        given = dict(init_std=0.2, min_std=0.2, gamma_denoising=1, clip_denoised=9)
+        one = ncdpo.make_policy(small_goals(algo=algo, **given), 3, 2, False)
+        assert algo == "ncdpo" or (one.log_std[2:].exp() > 0.2).all()
+        if policy is None:
+            policy = one
+            with torch.no_grad():
+                for p in policy.denoiser.parameters():
+                    p += 0.3 * torch.randn_like(p)
+        one.denoiser = policy.denoiser
+        action, log_prob, latent = one.sample(obs)
+        advantage = torch.sin(3 * action[:, 0]) * action[:, 1]
+        batch = {"obs": obs, "action": action, "latent": latent}
+        found[algo] = modes.gradients(one, batch, advantage - advantage.mean(), 60)
+    ours, theirs = found.values()
+    size = math.sqrt(modes.inner(ours, ours) * modes.inner(theirs, theirs))
+    assert (ours.mean(0) @ theirs.mean(0)).item() / size == pytest.approx(1, abs=0.1)
+
+
+def test_runs_over_goals_become_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
+    quick = lambda source, config, steps, learning_rate: make(source, config, 30, learning_rate)
+    make = cloning.make
+    monkeypatch.setattr(modes.cloning, "make", quick)
+    monkeypatch.setattr(modes, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(modes, "CURVES", tmp_path)
+    flags = "--evaluations 2 --seeds 1 2 --jobs 1 -- --total-timesteps 6144".split()
+    assert modes.main(["run", "dense", *flags]) == 0
+    assert modes.main(["run", "dense-sees-chain", "--lines", "ncdpo", "--critic-sees-chain", *flags]) == 0
+    with open(tmp_path / "dense.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == modes.COLUMNS and len(rows) == 2 * 4 * 3
+    for row in rows:
+        shares = [float(row[f"share{g}"]) for g in range(4)]
+        assert sum(shares) == pytest.approx(float(row["success"]), abs=2e-3)
+        assert (row["closed0"] == "") == (row["decisions"] == "3072")
+    capsys.readouterr()
+    modes.main(["table", "dense", "dense-sees-chain"])
+    assert capsys.readouterr().out.count("first minus") == 4
+    modes.main(["figure"])
+    assert (tmp_path / "modes.png").stat().st_size > 10_000
+    run = tmp_path / "runs" / "dense" / "ncdpo" / "notebooks.modes_goals__ncdpo__1"
+    assert np.isfinite(ncdpo.evaluate(run, 4)["exploring"]["success"]).all()
+    assert modes.main("run x --lines ncdpo --seeds 1 --jobs 1 -- --total-timesteps 9".split()) == 2
+    assert capsys.readouterr().err.startswith("modes: --total-timesteps 9 has no room")
+
 
 # --- modules of the notebooks ----------------------------------------------------------------------------------------
 

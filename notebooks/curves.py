@@ -2,16 +2,17 @@
 
     python notebooks/curves.py train HalfCheetah-v4 ncdpo   # 5 seeds, two at a time -> curves/HalfCheetah-v4__ncdpo.csv
     python notebooks/curves.py train HalfCheetah-v4 dppo --program e16.py --scored-steps 2 --name e16/HalfCheetah-v4__m2
-    python notebooks/curves.py                              # all curves/*.csv -> the table (printed) and curves.png
-    python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; steps and
-                                                            # sampling: against the number of steps
+    python notebooks/curves.py                              # all curves/*.csv -> tables (printed) and curves.png
+    python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; of two: all their seeds
+    python notebooks/curves.py --folder e16 --ratios dppo-s20-m1/dppo-s20-m20   # these lines and their ratios alone
+    python notebooks/curves.py --folder finetune-frozen --against finetune-moving   # a line / itself in another folder
+    python notebooks/curves.py coverage                     # how often the intervals of verdicts.py hold the true ratio
     python notebooks/curves.py show runs/A runs/B           # the returns of any runs, as a picture: curve.png
 
 Each CSV file holds one task and algorithm: for each seed 100 rows of equal numbers of steps with the columns seed, step
 (environment steps at the row's end), seconds (of wall clock until then), episodes (that ended in the row), the means
-of return, length and success over those episodes (empty where none ended or the task has no success), and the means of
-the diagnostics of metrics.csv over the row's updates (empty where the algorithm has none): RUNNING.md explains them.
-Files of older runs have a column more, chain_clipped, which nothing here reads.
+of return, length and success over those episodes, and of the diagnostics of metrics.csv over the row's updates (what
+there is not is empty; RUNNING.md explains them). evaluations.csv beside them has what each run printed at its end.
 """
 
 import argparse
@@ -26,27 +27,24 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import ncdpo  # noqa: E402
+from verdicts import coverage_table, interval, markdown, ratio, ratio_table  # noqa: E402, F401
 
-DIAGNOSTICS = ["approx_kl", "clip_fraction", "explained_variance", "entropy", "sigma", "chain_std",
-               "chain_gradient_ratio"]
 OF_EPISODES = ["return", "length", "success"]
+DIAGNOSTICS = "approx_kl clip_fraction explained_variance entropy sigma chain_std".split()
 COLUMNS = ["seed", "step", "seconds", "episodes", *OF_EPISODES, *DIAGNOSTICS]
 ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
-LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter",  # of table and figure
+LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter",  # of tables and figures
          "dppo-1e-3": "DPPO, rate 1e-3", "dppo-official": "DPPO, its authors' settings",
-         "ncdpo-sample": 'NCDPO, "sample"', "dppo-sample": 'DPPO, "sample"',
+         "ncdpo-sample": 'NCDPO, "sample"', "dppo-sample": 'DPPO, "sample"', "dppo-matched": "DPPO, matched noise",
          "ppo-e01": "MLP+PPO, bonus 0.01", "dppo-e01": "DPPO, bonus 0.01"}
-STYLES = {"ncdpo": dict(color="#c1272d", linestyle="-"), "ppo": dict(color="#0000a7", linestyle="--"),
-          "dppo": dict(color="#777777", linestyle=":"), "ncdpo-quiet": dict(color="#e28413", linestyle="-."),
-          "dppo-quiet": dict(color="#008176", linestyle=(0, (1, 1))),
-          "dppo-1e-3": dict(color="#008176", linestyle=(0, (1, 1))),
-          "dppo-official": dict(color="#e28413", linestyle="-."),
-          "ncdpo-sample": dict(color="#e28413", linestyle="-."),
-          "dppo-sample": dict(color="#008176", linestyle=(0, (1, 1))),
-          "ppo-e01": dict(color="#008176", linestyle="--"), "dppo-e01": dict(color="#e28413", linestyle=":")}
+FIRST = {"ncdpo": ("#c1272d", "-"), "ppo": ("#0000a7", "--"), "dppo": ("#777777", ":")}
+FURTHER = {"ncdpo": ("#e28413", "-."), "ppo": ("#008176", "--"), "dppo": ("#008176", (0, (1, 1)))}
+STYLES = {line: dict(zip(("color", "linestyle"), FIRST.get(line, FURTHER[line.split("-")[0]]))) for line in LINES}
+OWN_STARTS = "finetune-frozen", "finetune-moving", "games-33"  # each seed has a demonstrator or a team of its own
+WAYS = ["exploring", "mean action", "zero noise"]
 
 
 def thin(history, bins=100):
@@ -68,8 +66,18 @@ def thin(history, bins=100):
     return rows
 
 
+def evaluation(log):
+    """What a run printed at its end: {"mean action": its return, "mean action success": a share, ...}."""
+    found = {}
+    for way, mean, success in re.findall(rf"^ *({'|'.join(WAYS)}): return (\S+)(?:.* success (\d+)%)?", log, re.M):
+        found[way] = float(mean)
+        if success:
+            found[f"{way} success"] = int(success) / 100
+    return found
+
+
 def train(env, algo, seeds, jobs, flags, name, program=None):
-    """Run the seeds, `jobs` at a time with one thread each, and write the CSV file; finished runs are not repeated.
+    """Run the seeds, `jobs` at a time with one thread each, and write the CSV files; finished runs are not repeated.
 
     {seed} in a flag becomes the seed, so that every seed can start from its own clone. Called again after an
     interruption it resumes the runs that have a checkpoint. `program` is a file of this folder instead of ncdpo.py.
@@ -80,7 +88,7 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
 
     def one(seed):
         run, log = runs / f"{task_name}__{algo}__{seed}", runs / f"{task_name}__{algo}__{seed}.log"
-        if not (log.exists() and "mean action: " in log.read_text()):  # what only a finished run prints
+        if not (log.exists() and "mean action" in evaluation(log.read_text())):  # what only a finished run prints
             task = ["--env", env, "--algo", algo, "--seed", str(seed), "--runs", str(runs)]
             if run.exists():
                 if not (run / "checkpoint.pt").exists():
@@ -91,23 +99,39 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
                 subprocess.run([sys.executable, str(script), *task], check=True, stdout=file, stderr=file,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
         print(run, flush=True)
+        return [{"seed": seed, **row} for row in thin(ncdpo.read_metrics(run))], evaluation(log.read_text())
 
     runs.mkdir(parents=True, exist_ok=True)
-    (HERE / "curves" / name).parent.mkdir(parents=True, exist_ok=True)
+    path = HERE / "curves" / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, seeds))
-    with open(HERE / "curves" / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        curves, ends = zip(*pool.map(one, seeds))
+    write(path, [row for rows in curves for row in rows])
+    task, _, line = path.stem.partition("__")
+    file = path.with_name("evaluations.csv")
+    others = [row for row in rows_of(file) if (row["task"], row["line"]) != (task, line)]
+    write(file, others + [{"task": task, "line": line, "seed": seed, **end} for seed, end in zip(seeds, ends)])
+
+
+def rows_of(path):
+    """The rows of a CSV file as dictionaries; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path, rows):
+    """Write rows as a CSV file whose columns are all that a row has."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
-        for seed in seeds:
-            history = ncdpo.read_metrics(runs / f"{task_name}__{algo}__{seed}")
-            writer.writerows({"seed": seed, **row} for row in thin(history))
+        writer.writerows(rows)
 
 
 def read(path):
     """A CSV file as arrays (seeds, rows) by column."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(path)
     seeds = len({row["seed"] for row in rows})
     return {c: np.array([float(row.get(c) or "nan") for row in rows]).reshape(seeds, -1) for c in COLUMNS}
 
@@ -118,11 +142,11 @@ def returns(curve):
                      for step, r in zip(curve["step"], curve["return"])])
 
 
-def final(curve):
-    """Mean return of the episodes of the last tenth of training, per seed."""
+def final(curve, name="return"):
+    """Mean return (or success) of the episodes of the last tenth of training, per seed."""
     last = slice(-curve["step"].shape[1] // 10, None)
     episodes = curve["episodes"][:, last]
-    return np.nansum(curve["return"][:, last] * episodes, 1) / episodes.sum(1)
+    return np.nansum(curve[name][:, last] * episodes, 1) / episodes.sum(1)
 
 
 def area(curve):
@@ -138,40 +162,38 @@ def reach(curve, threshold, column="step"):
     return np.where(there.any(1), first, np.inf)
 
 
-def interquartile_mean(x, axis=-1):
-    """Mean without the lowest and the highest quarter, each rounded down (Agarwal et al., 2021; scipy's trim_mean)."""
-    x = np.sort(np.asarray(x, float), axis)
-    cut = x.shape[axis] // 4
-    return np.take(x, range(cut, x.shape[axis] - cut), axis).mean(axis)
+def measures(curve):
+    """What tables compare, {name: one value a seed}; of evaluations where a file has them."""
+    found = {"seed": curve["seed"][:, 0]}
+    if not np.isnan(curve["success"]).all():
+        found["final success"] = final(curve, "success")
+    found |= {"final return": final(curve), "area": area(curve)}
+    return found | {name: curve[name] for name in ("mean action", "mean action success") if name in curve}
 
 
-def bootstrap(x, resamples=20_000, seed=0):
-    """Interquartile means of `resamples` resamples over seeds of x (seeds, ...): (resamples, ...)."""
-    x = np.asarray(x, float)
-    pick = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
-    return interquartile_mean(x[pick], 1)
+def load(*folders, only=None):
+    """curves[env][line] of the files <env>__<line>.csv: the lines `only`, else those of LINES with any number of steps.
 
-
-def interval(samples):
-    """Percentile interval of 95%."""
-    return tuple(np.percentile(samples, [2.5, 97.5], axis=0))
-
-
-def ratio(ours, theirs):
-    """Ratio of the interquartile means of two sets of seeds, and its 95% bootstrap interval."""
-    low, high = interval(bootstrap(ours, seed=1) / bootstrap(theirs, seed=2))
-    return float(interquartile_mean(ours) / interquartile_mean(theirs)), float(low), float(high)
-
-
-def load(folder):
-    """curves[env][line] of the files <env>__<line>.csv whose line is one of LINES, perhaps with a number of steps."""
+    The seeds of several folders are put together. Beside its columns, (seeds, rows), a curve has those of
+    evaluations.csv, (seeds,), if that names all its seeds.
+    """
     curves = {}
-    for path in sorted(folder.glob("*__*.csv")):
-        env, _, line = path.stem.partition("__")
-        if steps_of(line)[0] in LINES:
-            curves.setdefault(env, {})[line] = read(path)
-    order = lambda line: (list(LINES).index(steps_of(line)[0]), steps_of(line)[1])
-    return {env: {line: by_line[line] for line in sorted(by_line, key=order)} for env, by_line in curves.items()}
+    for folder in folders:
+        evaluated = {(row["task"], row["line"], float(row["seed"])): row for row in rows_of(folder / "evaluations.csv")}
+        for path in sorted(folder.glob("*__*.csv")):
+            env, _, line = path.stem.partition("__")
+            if line not in only if only else steps_of(line)[0] not in LINES:
+                continue
+            curve = read(path)
+            ends = [evaluated.get((env, line, seed), {}) for seed in curve["seed"][:, 0]]
+            ways = [way for way in ends[0] if way not in ("task", "line", "seed") and all(end.get(way) for end in ends)]
+            curve |= {way: np.array([float(end[way]) for end in ends]) for way in ways}
+            known = curves.setdefault(env, {}).get(line)
+            if known:
+                curve = {name: np.concatenate([known[name], curve[name]]) for name in curve if name in known}
+            curves[env][line] = curve
+    place = lambda line: only.index(line) if only else ([*LINES].index(steps_of(line)[0]), steps_of(line)[1])
+    return {env: {line: by_line[line] for line in sorted(by_line, key=place)} for env, by_line in curves.items()}
 
 
 def steps_of(line):
@@ -183,32 +205,29 @@ def steps_of(line):
 def label(line):
     """What table and figure call a line."""
     name, steps = steps_of(line)
-    return LINES[name] + (f", {line[len(name) + 1].upper()} = {steps}" if steps else "")
+    return f"{LINES.get(name, name)}, {line[len(name) + 1].upper()} = {steps}" if steps else LINES.get(name, name)
 
 
 def table(curves):
-    """The comparison as Markdown: interquartile means over seeds, 95% bootstrap intervals, ratios to NCDPO."""
-    lines = ["| task | algorithm | seeds | final return | area under the curve | NCDPO's final / this "
-             "| NCDPO's area / this | minutes a run |", "|---|---|---|---|---|---|---|---|"]
-    for env, by_algo in curves.items():
-        for algo, curve in by_algo.items():
-            cells = []
-            for measure in (final, area):
-                low, high = interval(bootstrap(measure(curve)))
-                cells.append(f"{interquartile_mean(measure(curve)):.0f} [{low:.0f}, {high:.0f}]")
-            for measure in (final, area):
-                cells.append("" if algo == "ncdpo" or "ncdpo" not in by_algo else
-                             "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(measure(by_algo["ncdpo"]), measure(curve))))
-            minutes = np.median(curve["seconds"][:, -1]) / 60
-            lines.append(f"| {env} | {label(algo)} | {len(curve['seed'])} | {' | '.join(cells)} | {minutes:.1f} |")
-    return "\n".join(lines)
+    """The lines as Markdown: means over seeds, with 95% intervals but for evaluations, of returns or of successes."""
+    rows = []
+    for env, by_line in curves.items():
+        for line, curve in by_line.items():
+            row = {"task": env, "algorithm": label(line), "seeds": len(curve["seed"])}
+            for name, x in measures(curve).items():
+                if name in ("final success", "final return", "area"):
+                    digits = 2 if name == "final success" else 0
+                    row[name] = "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(x.mean(), *interval(x), d=digits)
+            if "exploring" in curve:
+                row[" / ".join(WAYS)] = " / ".join(f"{curve[way].mean():.0f}" for way in WAYS if way in curve)
+            rows.append(row | {"minutes": f"{np.median(curve['seconds'][:, -1]) / 60:.1f}"})
+    return markdown(rows)
 
 
-def band(axes, x, values, resamples=2000, **style):
-    """Interquartile mean over seeds of values (seeds, rows) against x (rows,), with its 95% bootstrap band."""
-    low, high = interval(bootstrap(values, resamples))
-    axes.fill_between(x, low, high, color=style.get("color"), alpha=0.15, linewidth=0)
-    axes.plot(x, interquartile_mean(values, 0), linewidth=1.8, **style)
+def band(axes, x, values, **style):
+    """Mean over seeds of values (seeds, rows) against x (rows,), with its 95% interval as a band."""
+    axes.fill_between(x, *interval(values), color=style.get("color"), alpha=0.15, linewidth=0)
+    axes.plot(x, np.mean(values, 0), linewidth=1.8, **style)
 
 
 def figure(curves, against="step", title="From scratch"):
@@ -223,33 +242,10 @@ def figure(curves, against="step", title="From scratch"):
             band(axes, np.median(curve[against], 0) / unit, returns(curve), label=LINES[algo], **STYLES[algo])
         axes.set(title=env, xlabel=name)
         axes.grid(alpha=0.3)
-    seeds = sorted({len(curve["seed"]) for by_algo in curves.values() for curve in by_algo.values()})
-    seeds = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
-    picture.suptitle(f"{title}: interquartile mean over {seeds} seeds and its 95% bootstrap interval", fontsize=10)
+    picture.suptitle(f"{title}: mean over seeds and its 95% interval", fontsize=10)
     picture.axes[0].set_ylabel("return of training episodes")
     handles = {label: line for axes in picture.axes for line, label in zip(*axes.get_legend_handles_labels())}
     picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-    return picture
-
-
-def against_steps(curves):
-    """One panel a task: final returns against the number of denoising steps, with 95% bootstrap intervals."""
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(4.2 * len(curves), 3.1), layout="constrained")
-    for axes, (env, by_line) in zip(picture.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-        for algo in dict.fromkeys(steps_of(line)[0] for line in by_line):
-            ends = {steps_of(line)[1]: final(curve) for line, curve in by_line.items() if steps_of(line)[0] == algo}
-            middle = np.array([interquartile_mean(x) for x in ends.values()])
-            low, high = np.array([interval(bootstrap(x)) for x in ends.values()]).T
-            axes.errorbar(list(ends), middle, [middle - low, high - middle], marker="o", label=LINES[algo],
-                          capsize=3, **STYLES[algo])
-        ticks = sorted({steps_of(line)[1] for line in by_line})
-        axes.set(title=env, xlabel="denoising steps", ylabel="final return", xscale="log", xticks=ticks,
-                 xticklabels=ticks)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     return picture
 
 
@@ -269,10 +265,44 @@ def picture(runs):
     return picture
 
 
+def compare(folders, against, chosen, pool):
+    """Print the tables of folders inside curves/, and draw the figure of a single one.
+
+    Ratios: the `chosen` LINE/LINE; or each line / itself in `against`; or NCDPO (with the same ending) / any other.
+    """
+    paths, pairs = [HERE / "curves" / folder for folder in folders], [pair.split("/") for pair in chosen]
+    curves = load(*paths, only=list(dict.fromkeys(line for pair in pairs for line in pair)))
+    others = load(HERE / "curves" / against) if against else curves
+    lines = dict.fromkeys(line for by_line in curves.values() for line in by_line)
+    for theirs in lines:
+        ours = re.sub("^(dppo|ppo)", "ncdpo", theirs)
+        if against:
+            pairs.append([theirs, theirs])
+        elif not chosen and ours != theirs:
+            pairs.append([ours if ours in lines else "ncdpo", theirs])
+    cases = {}
+    for ours, theirs in pairs:
+        tasks = [env for env in curves if ours in curves[env] and theirs in others.get(env, {})]
+        cases[f"{label(ours)} / {against or label(theirs)}"] = {
+            env: (measures(curves[env][ours]), measures(others[env][theirs])) for env in tasks}
+    if pool:
+        cases = {"pooled": {f"{case}, {env}": pair for case in cases for env, pair in cases[case].items()}}
+    if not any(cases.values()):
+        raise SystemExit("curves: there are no such lines in such folders inside curves/, or only one of a task")
+    print(table(curves), ratio_table(cases, paired=folders[0] in OWN_STARTS), sep="\n\n")
+    if not (against or chosen or folders[1:]) and lines.keys() & LINES.keys():
+        title = "Fine-tuning" if folders[0].startswith(("finetune", "field")) else "From scratch"
+        figure(curves, title=title).savefig(paths[0] / "curves.png", dpi=130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default=".", help="inside curves/")
+    parser.add_argument("--folder", nargs="+", default=["."], help="inside curves/")
+    parser.add_argument("--against", help="a folder inside curves/")
+    parser.add_argument("--ratios", nargs="+", default=[], help="LINE/LINE, else NCDPO over each other line")
+    parser.add_argument("--pool", action="store_true", help="all ratios together")
     commands = parser.add_subparsers(dest="command")
+    commands.add_parser("coverage", help="of the intervals")
     trainer = commands.add_parser("train", help="unknown flags go to ncdpo.py")
     trainer.add_argument("env")
     trainer.add_argument("algo", choices=ALGORITHMS)
@@ -289,14 +319,11 @@ def main():
     elif line.command == "show":
         picture(line.runs).savefig(line.to, dpi=120)
         print(line.to)
+    elif line.command == "coverage":
+        paths = sorted((HERE / "curves").glob("**/*__*.csv"))
+        print(coverage_table({f"{path.parent.name}/{path.stem}": final(read(path)) for path in paths}))
     else:
-        curves = load(HERE / "curves" / line.folder)
-        print(table(curves))
-        compared = {env: by_algo for env, by_algo in curves.items() if len(by_algo) > 1}
-        title = "Fine-tuning" if line.folder.startswith(("finetune", "field")) else "From scratch"
-        if compared:
-            drawn = against_steps(curves) if line.folder in ("steps", "sampling") else figure(compared, title=title)
-            drawn.savefig(HERE / "curves" / line.folder / "curves.png", dpi=130)
+        compare(line.folder, line.against, line.ratios, line.pool)
 
 
 if __name__ == "__main__":
