@@ -37,6 +37,7 @@ Which tests check which equation of README.md (python -m pytest -k E5_ runs thos
 import ast
 import csv
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -4048,6 +4049,201 @@ def test_runs_over_goals_become_a_table_and_a_figure(tmp_path, monkeypatch, caps
     assert np.isfinite(ncdpo.evaluate(run, 4)["exploring"]["success"]).all()
     assert modes.main("run x --lines ncdpo --seeds 1 --jobs 1 -- --total-timesteps 9".split()) == 2
     assert capsys.readouterr().err.startswith("modes: --total-timesteps 9 has no room")
+
+
+# --- notebooks/manipulation.py ----------------------------------------------------------------------------------------
+
+ARMS = ["push-v3", "pick-place-v3", "drawer-open-v3", "peg-insert-side-v3"]
+
+
+@pytest.fixture
+def manipulation():
+    """notebooks/manipulation.py, where Meta-World is installed."""
+    pytest.importorskip("metaworld")
+    return importlib.import_module("notebooks.manipulation")
+
+
+@pytest.mark.parametrize("version, words", [("4.0.0", "this is MuJoCo 4.0.0"), ("3.3.0", "metaworld")])
+def test_want_of_metaworld_or_of_its_mujoco_is_told_in_one_sentence(monkeypatch, capsys, tmp_path, version, words):
+    monkeypatch.delitem(sys.modules, "notebooks.manipulation", raising=False)
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    error = complaint(capsys, "--env", "notebooks.manipulation:push-v3", "--runs", tmp_path)
+    assert words in error and "pip install -r requirements.txt metaworld==" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_without_metaworld_says_so_without_a_traceback(tmp_path):
+    """In a process where it cannot be imported, whatever is installed."""
+    code = ("import runpy, sys; sys.modules['metaworld'] = None\n"
+            "path = sys.argv[1]; sys.argv[1:] = ['demos', 'a', 'b']\n"
+            "runpy.run_path(path, run_name='__main__')")
+    result = run_python(tmp_path, "-c", code, HERE / "notebooks" / "manipulation.py")
+    assert result.returncode == 1 and result.stderr.startswith("manipulation: Meta-World cannot be imported")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_arm_is_answered_with_the_nearest(manipulation, capsys, tmp_path):
+    assert "Did you mean: `pick-place`" in complaint(capsys, "--env", "notebooks.manipulation:pick-plase-v3")
+    error = scripts_complaint(capsys, manipulation, "demos", "pick-plase-v3", tmp_path / "d.npz")
+    assert "did you mean pick-place-v3" in error
+
+
+@pytest.mark.parametrize("name", [*ARMS, "stick-push-v3"])  # whose success asks for forces
+def test_an_arm_shows_and_pays_what_metaworlds_own_object_does(manipulation, name):
+    """The same object and goal, the expert's actions: observations and rewards of each step, and when it succeeds."""
+    metaworld = pytest.importorskip("metaworld")
+    plain = metaworld.ALL_V3_ENVIRONMENTS[name]()
+    plain._set_task_called, plain._freeze_rand_vec, plain._partially_observable = True, True, False
+    plain.sawyer_observation_space = gym.spaces.Box(-np.inf, np.inf, (39,))
+    for dense in (False, True):
+        arm, expert = manipulation.Arm(name, dense), manipulation.EXPERTS[name]()
+        obs, _ = arm.reset(seed=3)
+        plain._last_rand_vec = arm.arm._last_rand_vec
+        theirs, _ = plain.reset()
+        np.testing.assert_allclose(obs, theirs, atol=2e-4)  # the arm may have settled to another digit
+        np.testing.assert_allclose(obs[-3:], plain._target_pos, atol=2e-4)  # no zeros
+        for _ in range(250):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                action = np.clip(expert.get_action(obs.copy()), -1, 1).astype(np.float32)
+            obs, reward, terminated, truncated, info = arm.step(action)
+            theirs, their_reward, _, _, their_info = plain.step(action)
+            np.testing.assert_allclose(obs, theirs, atol=0.02)  # contacts magnify that digit
+            assert terminated == (their_info["success"] == 1) == (info["success"] == 1) and not truncated
+            assert reward == pytest.approx(their_reward, abs=0.1) if dense else reward == terminated
+            if terminated:
+                break
+        assert terminated
+
+
+def test_quaternions_are_scipys_with_their_sign(manipulation):
+    scipy = pytest.importorskip("scipy.spatial.transform").Rotation
+    for matrix in scipy.random(300, random_state=0).as_matrix():
+        ours, theirs = manipulation.Rotation.from_matrix(matrix).as_quat(), scipy.from_matrix(matrix).as_quat()
+        np.testing.assert_allclose(ours, theirs, atol=1e-9)
+
+
+def test_arms_repeat_with_the_seed_and_share_no_goal(manipulation):
+    def goals(*seed, episodes=3):
+        env = VectorEnv("notebooks.manipulation:push-v3", 3, CPU)
+        seen = [env.reset(*seed)[:, -3:]]
+        for _ in range(150 * (episodes - 1)):  # nothing succeeds by standing still
+            obs, _, terminated, truncated, _ = env.step(torch.zeros(3, 4))
+            assert not terminated.any()
+            if truncated.all():
+                seen.append(obs[:, -3:])
+        return torch.stack(seen)
+
+    once, again, other = goals(1), goals(1), goals(1_000_004, episodes=2)
+    assert once.shape == (3, 3, 3) and torch.equal(once, again)
+    assert len(torch.cat([once.flatten(0, 1), other.flatten(0, 1)]).unique(dim=0)) == 9 + 6
+
+
+def test_arms_that_share_a_model_play_as_each_would_alone(manipulation):
+    """Of drawer-open-v3 each episode has the drawer at another place of the model."""
+    def played(seeds):
+        arms = [manipulation.Arm("drawer-open-v3") for _ in seeds]
+        assert len({id(arm.arm.model) for arm in arms}) == 1
+        seen = [[arm.reset(seed=seed)[0] for arm, seed in zip(arms, seeds)]]
+        for t in range(40):
+            action = np.array([0, 0.8, -0.5, -1], np.float32)
+            seen.append([arm.step(action)[0] for arm in arms])
+        return np.array(seen).swapaxes(0, 1)
+
+    together = played([1, 2])
+    assert np.abs(together[0] - together[1]).max() > 0.05
+    np.testing.assert_array_equal(together, np.concatenate([played([1]), played([2])]))
+
+
+def test_half_of_the_demonstrations_succeed_and_their_clone_is_improved(manipulation, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "d.npz"
+    assert manipulation.main(["demos", "push-v3", str(path), "--episodes", "40", "--seed", "2"]) == 0
+    with np.load(path) as file:
+        made = dict(file)
+    assert made.pop("env") == "notebooks.manipulation:push-v3" and set(made) == set(cloning.DEMO_KEYS)
+    won, ended = made["terminations"].sum(), (made["terminations"] | made["truncations"]).sum()
+    assert ended == 40 and 0.3 <= won / ended <= 0.7 and made["rewards"].sum() == won
+    assert made["observations"].shape == (len(made["rewards"]), 39) and np.abs(made["actions"]).max() <= 1
+    env = "notebooks.manipulation:push-v3"
+    small = ["--hidden", "16", "--num-envs", "2", "--num-steps", "8", "--episodes", "1", "--runs", str(tmp_path)]
+    assert cloning.main([str(path), "--env", env, "--bc-steps", "20", *small]) == 0
+    run = tmp_path / "notebooks.manipulation_push-v3__ncdpo__1"
+    rows = manipulation.probe(run, starts=2, repeats=2)
+    assert [row["noise"] for row in rows] == ["both", "chain", "final"]
+    assert all(row["success"] + row["left"] + row["moved"] == pytest.approx(1) for row in rows)
+    assert main(["--init-from", str(run), "--total-timesteps", "448", *small[2:], "--algo", "dppo"]) == 0
+    assert capsys.readouterr().out.count("success 0%") == 6
+
+
+def test_a_task_whose_demonstrator_never_succeeds_in_time_is_refused(manipulation, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gym.registry["push-v3"], "max_episode_steps", 5)
+    error = scripts_complaint(capsys, manipulation, "demos", "push-v3", tmp_path / "d.npz", "--episodes", "4")
+    assert "none of 4 demonstrations of push-v3 succeeds within its 5 steps" in error
+    assert not (tmp_path / "d.npz").exists()
+
+
+# --- Fetch and Kitchen ------------------------------------------------------------------------------------------------
+
+ROBOTICS = """
+import gymnasium as gym
+import gymnasium_robotics
+gym.register_envs(gymnasium_robotics)
+for name, task in {"FlatFetchPush-v0": "FetchPush-v4", "FlatKitchen-v0": "FrankaKitchen-v1"}.items():
+    gym.register(name, lambda task=task, **more: gym.wrappers.FlattenObservation(gym.make(task, **more)))
+"""
+
+
+@pytest.mark.skipif(importlib.metadata.version("mujoco") >= "4", reason="Gymnasium-Robotics cannot use MuJoCo 4")
+@pytest.mark.parametrize("name", ["FlatFetchPush-v0", "FlatKitchen-v0"])
+def test_a_flattened_task_of_gymnasium_robotics_trains(tmp_path, monkeypatch, name):
+    pytest.importorskip("gymnasium_robotics")
+    (tmp_path / "robotics.py").write_text(ROBOTICS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given = dict(env=f"robotics:{name}", num_steps=8, minibatch_size=8, total_timesteps=16, episodes=1, runs=tmp_path)
+    history = ncdpo.train(config(**given))
+    assert len(history["update"]) == 1 and np.isfinite(history["approx_kl"]).all()
+
+
+# --- with the change of notebooks/demos.py ----------------------------------------------------------------------------
+
+def test_minaris_dict_observations_are_flattened_as_gymnasium_does(demos, tmp_path, monkeypatch, capsys):
+    """The layout of D4RL's Kitchen: Dict observations, of which a goal is a Dict of its own."""
+    pytest.importorskip("h5py")
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    box = lambda *shape: gym.spaces.Box(-np.inf, np.inf, shape, np.float64)
+    goals = gym.spaces.Dict({"microwave": box(1), "kettle": box(2)})
+    space = gym.spaces.Dict({"observation": box(3), "achieved_goal": goals, "desired_goal": goals})
+    space.seed(0)
+    buffers, flat = [], []
+    for steps in (3, 4):
+        seen = [space.sample() for _ in range(steps + 1)]
+        flat += [gym.spaces.flatten(space, one) for one in seen[:-1]]
+        columns = {key: np.stack([one[key] for one in seen]) for key in ["observation"]}
+        columns |= {key: {part: np.stack([one[key][part] for one in seen]) for part in goals.spaces}
+                    for key in ("achieved_goal", "desired_goal")}
+        buffers.append(minari.data_collector.EpisodeBuffer(
+            observations=columns, actions=np.full((steps, 2), 0.5), rewards=[0.0] * steps,
+            terminations=[False] * steps, truncations=[False] * (steps - 1) + [True]))
+    actions = gym.spaces.Box(-1, 1, (2,), np.float64)
+    minari.create_dataset_from_buffers("tiny/kitchen-v0", buffers, observation_space=space, action_space=actions,
+                                       algorithm_name="-", author="-", author_email="-", code_permalink="-",
+                                       description="-")
+    assert demos.main(["convert", "minari:tiny/kitchen-v0", str(tmp_path / "d.npz")]) == 0
+    np.testing.assert_array_equal(loaded(tmp_path / "d.npz")["observations"], flat)
+
+
+# --- with the change of notebooks/cloning.py --------------------------------------------------------------------------
+
+def test_demonstrations_of_another_task_with_the_same_spaces_are_refused(tmp_path, capsys):
+    rows = dict(observations=np.zeros((40, 4)), actions=np.zeros(40), rewards=np.zeros(40),
+                terminations=np.arange(40) % 10 == 9, truncations=np.zeros(40))
+    np.savez(tmp_path / "d.npz", **rows, env="CartPole-v0")
+    flags = ["--env", "CartPole-v1", "--bc-steps", "2", "--action-chunk", "1", "--episodes", "1"]
+    flags += ["--runs", tmp_path / "r"]
+    error = scripts_complaint(capsys, cloning, tmp_path / "d.npz", *flags)
+    assert "CartPole-v0" in error and "CartPole-v1" in error and not (tmp_path / "r").exists()
 
 
 # --- modules of the notebooks ----------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
 
 notebooks/demos.py writes demos.npz: a row for each environment step, episode by episode, under the keys of DEMO_KEYS.
 Observations are (steps, S), actions (steps, A) as the task takes them, or (steps,) of a Discrete task, the others
-(steps,). Of a team, each agent's episodes follow one another. PRESET has the defaults of flags, which stay in the
-clone's config.json and hold for the run that starts from it.
+(steps,). A key env may name the task. Of a team, each agent's episodes follow one another. PRESET has the defaults of
+flags, which stay in the clone's config.json and hold for the run that starts from it.
 """
 
 import argparse
@@ -42,9 +42,12 @@ def load(source, env):
     try:
         with np.load(source, allow_pickle=False) as file:
             demos = {key: np.asarray(file[key], float) for key in DEMO_KEYS}
+            task = str(file["env"]) if "env" in file else env.env_id  # tasks of one suite have the same shapes
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"cannot read demonstrations from {source} ({error}); notebooks/demos.py writes such a file: "
                         "it records a run, and converts D4RL and Minari") from error
+    if task != env.env_id:
+        raise UserError(f"{source} has demonstrations of {task}, not of {env.env_id}: give --env {task}")
     n, H, dims = demos["rewards"].size, env.chunk, 1 if env.discrete else env.act_dim // env.chunk
     for key, size in zip(DEMO_KEYS, (env.obs_dim, dims, 1, 1, 1)):
         if demos[key].size != n * size or not n:

@@ -17,6 +17,7 @@ import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -90,7 +91,8 @@ def read_minari(name):
     import minari
     known = minari.list_local_datasets()
     try:
-        episodes = list(minari.load_dataset(name, download=name not in known))
+        dataset = minari.load_dataset(name, download=name not in known)
+        episodes = list(dataset)
     except Exception as error:  # no such name, no network, a damaged download
         with suppress(Exception):
             known |= minari.list_remote_datasets()
@@ -99,12 +101,23 @@ def read_minari(name):
     episodes = [episode for episode in episodes if len(episode.rewards)]
     if not episodes:
         raise UserError(f"minari:{name} has no step")
-    if not all(isinstance(x, np.ndarray) for x in (episodes[0].observations, episodes[0].actions)):
-        raise UserError(f"observations or actions of minari:{name} are not arrays, but of Dict or Tuple spaces")
-    demos = {key: np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes])[None] for key in DEMO_KEYS}
+    columns = {key: [getattr(episode, key) for episode in episodes] for key in DEMO_KEYS}
+    columns["observations"] = [flat_columns(dataset.observation_space, x) for x in columns["observations"]]
+    if not all(isinstance(columns[key][0], np.ndarray) for key in ("observations", "actions")):
+        raise UserError(f"observations or actions of minari:{name} are neither arrays nor a Dict of them")
+    demos = {key: np.concatenate([x[:len(e.rewards)] for x, e in zip(parts, episodes)])[None]
+             for key, parts in columns.items()}
     last = np.cumsum([len(episode.rewards) for episode in episodes]) - 1
     demos["truncations"][0, last] |= demos["terminations"][0, last] == 0  # an episode may end without a flag
     return demos
+
+
+def flat_columns(space, x):
+    """Observations (steps, S) of a Dict space, in the order of Gymnasium's FlattenObservation; others as they are."""
+    if not isinstance(space, gym.spaces.Dict):
+        return x
+    parts = [flat_columns(part, x[key]) for key, part in space.spaces.items()]
+    return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
 
 
 def flatten(source, demos):
