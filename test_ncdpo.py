@@ -3497,7 +3497,23 @@ def intervals(text):
 def test_every_interval_of_results_is_printed_by_its_commands(said):
     text = (HERE / "notebooks" / "RESULTS.md").read_text()
     found = intervals(text.split("## What noise-conditioning keeps")[0])  # modes and manipulation have their own files
-    assert len(found) > 50 and set(found) <= set(intervals("\n".join(said)))
+    assert len(found) > 50 and set(found) - {KEPT} <= set(intervals("\n".join(said)))
+
+
+KEPT = "0.23 [0.12, 0.33]"
+
+
+def test_the_difference_of_entropies_of_the_headline_is_that_of_the_file(verdicts):
+    """Welch's interval of a difference of means, at the last evaluation."""
+    with open(HERE / "notebooks" / "curves" / "modes" / "dense.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = max(int(row["decisions"]) for row in rows)
+    x, y = ([float(row["entropy"]) for row in rows if row["line"] == line and int(row["decisions"]) == last]
+            for line in ("ncdpo", "dppo"))
+    a, b = (np.var(z, ddof=1) / 20 for z in (x, y))
+    difference, half = np.mean(x) - np.mean(y), verdicts.student((a + b) ** 2 / ((a**2 + b**2) / 19)) * np.sqrt(a + b)
+    assert f"{difference:.2f} [{difference - half:.2f}, {difference + half:.2f}]" == KEPT and len(x) == len(y) == 20
+    assert f"+{KEPT}" in (HERE / "notebooks" / "RESULTS.md").read_text()
 
 
 def test_every_interval_of_the_readme_is_in_results():
