@@ -23,6 +23,8 @@ Which tests check which equation of README.md (python -m pytest -k E5_ runs thos
     E9              test_E9_all_noise_is_drawn_afresh_at_each_step
     E10, E13        test_E10_E13_policy_gradient_is_unbiased_if_it_flows_through_the_whole_chain
     E10, E12        test_E10_E12_update_learns_from_the_decisions_played
+    E10             test_E10_a_baseline_that_sees_the_chain_knows_nothing_of_the_final_gaussian
+    E10, E15        test_E10_E15_ncdpo_and_dppo_have_the_same_gradient_where_no_floor_binds
     E11             test_E11_first_minibatch_after_a_rollout_has_ratio_one
     E11, E12, E15   test_E11_E12_E15_ppo_loss_is_the_clipped_objective
     E13             test_E13_bpdt_gradient_equals_finite_differences
