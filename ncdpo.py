@@ -65,7 +65,7 @@ class Schedule(nn.Module):
 
     A chain that was cloned with `steps` may be run on fewer, evenly spaced `sampling_steps`: its k-th step is then step
     tau(k) of the K, and from E3 on k counts the steps that are run (E18). k is an int, or a LongTensor (...); x, eps
-    and output are (..., A). `signal` is sqrt(abar), `noise` sqrt(1 - abar); table[k] is (1,), or (..., 1).
+    and output are (..., A). `signal` is sqrt(abar), `noise` sqrt(1 - abar); at k a table is (1,) or (..., 1).
     """
 
     def __init__(self, steps, predict="sample", eta=1.0, clip=1.0, sampling_steps=None):
@@ -131,7 +131,10 @@ def mlp(inputs, hidden, outputs, activation, last_gain):
 
 
 class Denoiser(nn.Module):
-    """net(x_k, k, s): an MLP of [x_k, s, embedding of k], whose output is nearly zero before it has learnt."""
+    """net(x_k, k, s): an MLP of [x_k, s, embedding of k], whose output is nearly zero at first.
+
+    An untrained "sample" chain then proposes nearly the zero action, like an untrained MLP.
+    """
 
     def __init__(self, obs_dim, act_dim, steps, hidden, activation, embedding=16):
         super().__init__()
@@ -326,7 +329,7 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
 
     obs (B, S) normalised; action, log_prob (B,) and latent (NCDPO's omega) as policy.act gave them; advantage, which is
     made standard within the minibatch if norm_adv, and target for the critic, (B,). The log ratio may be averaged over
-    an action's `coordinates`. A policy may bring an `objective` of its own for a log_prob of (B, M).
+    an action's `coordinates`. A policy may bring an `objective` of its own for M ratios a decision, log_prob (B, M).
     """
     new_log_prob, entropy = policy.evaluate_actions(obs, action, latent)
     log_ratio = (new_log_prob - log_prob) / coordinates  # one for each decision (E11)
@@ -343,7 +346,8 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
 def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, max_grad_norm=0.5):
     """Epochs of minibatches over `batch`, a dictionary of tensors; the diagnostics, averaged over the minibatches.
 
-    loss_function(**minibatch) is ppo_loss with all but its tensors filled in. An epoch leaves out a remainder.
+    loss_function(**minibatch) is ppo_loss with all but its tensors filled in. An epoch leaves out a remainder. The
+    gradient of each of the optimizer's groups is scaled down to max_grad_norm.
     """
     size, taken = len(batch["obs"]), []
     minibatch_size = min(minibatch_size, size)
@@ -470,7 +474,7 @@ class Trainer:
         reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10).to(reward)
 
         obs, final_obs = agent.obs_norm(rollout["obs"]), agent.obs_norm(rollout["final_obs"])
-        if not config.init_from:  # a policy that was given keeps the inputs that it knows
+        if not config.init_from:  # a given policy keeps the inputs that it knows
             agent.obs_norm.update(rollout["obs"].flatten(0, 1))  # only now: the old statistics acted
         value, final_value = agent.critic(obs).squeeze(-1), agent.critic(final_obs).squeeze(-1)
         final_value *= (config.gamma or 1.0) ** (played.sum(-1) - H)  # a chunk cut short is there sooner
@@ -505,7 +509,8 @@ class VectorEnv:
 
     A decision is a chunk of H actions: an action is (N, H * A), a reward (N, H), NaN for steps after an episode's end.
     Box actions live in [-1, 1] here. final_obs (N, S) is where a step really led: it differs from obs, where the next
-    step starts, in those environments that ended and were reset in the same step.
+    step starts, in those environments that ended and were reset in the same step. `vector` is auto (MuJoCo in batches
+    where section 7 has the task, else sync), warp or sync; `bounds` are those of to_task.
     """
 
     def __init__(self, env_id, num_envs, device, vector="auto", chunk=1):
@@ -524,7 +529,7 @@ class VectorEnv:
         self.spaces = [self.obs_dim, self.act_dim, self.discrete, self.policy_dim]  # of an Agent
 
     def reset(self, *seed, repeat=1):
-        """First observations (N, S) of new episodes; the seeds of Gymnasium's copies come `repeat` times."""
+        """First observations (N, S) of new episodes, drawn by `seed`; `repeat` groups of Gymnasium's copies start alike."""
         seeds = np.random.SeedSequence(seed).generate_state(self.num_envs // repeat) // 2
         return self.envs.reset(seeds.tolist() * repeat).to(self.device)
 
@@ -709,7 +714,7 @@ class WarpPool:
             m = mujoco_warp.put_model(model)
             d = mujoco_warp.make_data(model, num_envs, nconmax=contacts, njmax=4 * contacts + model.njnt)
             mujoco_warp.step(m, d)  # compiles
-            with warp.ScopedCapture() as capture:
+            with warp.ScopedCapture() as capture:  # one launch a step: a CUDA graph, on a CPU one of Warp's own
                 for _ in range(frame_skip):
                     mujoco_warp.step(m, d)
         stream = warp.stream_from_torch(device) if device.type == "cuda" else None

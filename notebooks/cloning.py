@@ -100,7 +100,8 @@ def clone(agent, demos, seed, steps=20_000, learning_rate=1e-3):
     """Behaviour cloning: Adam, a cosine schedule, and at the end a moving average of the weights.
 
     The policy of an ncdpo.Agent learns from `demos` as `load` returns them, and the agent's normaliser takes in their
-    observations: for good, as --init-from keeps them. A twentieth of the episodes, drawn by `seed`, is held out; its loss is printed beside the other.
+    observations: for good, as --init-from keeps them. A twentieth of the episodes, drawn by `seed`, is held out; its
+    loss is printed beside the other.
     """
     obs, action, episode = demos
     agent.obs_norm.update(obs)

@@ -2,7 +2,7 @@
 
     python notebooks/moving.py --init-from runs/clones/Hopper-v4__ncdpo__1      # and other flags of ncdpo.py
 
-What that costs is in RESULTS.md: the clone's inputs drift away from those that it was taught with.
+The clone's inputs then drift away from those that it was taught with. RESULTS.md has what comes of it.
 """
 
 import sys
@@ -14,6 +14,8 @@ import ncdpo  # noqa: E402
 
 
 class Moving(ncdpo.Trainer):
+    """A Trainer whose agent's statistics take in every rollout."""
+
     def make_batch(self, rollout):
         batch = super().make_batch(rollout)
         if self.config.init_from:
