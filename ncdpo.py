@@ -412,6 +412,7 @@ class Trainer:
         self.obs = self.env.reset(config.seed)
         self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far
         self.so_far = 0.0  # return, length and success so far of the episodes that go on
+        self.rows = []  # of metrics.csv, one for each update
         coordinates = self.env.act_dim if config.mean_log_prob and not self.env.discrete else 1
         self.loss = partial(ppo_loss, self.agent.policy, self.agent.critic, clip_coef=config.clip_coef,
                             ent_coef=config.ent_coef, coordinates=coordinates)
@@ -529,7 +530,7 @@ class VectorEnv:
         self.spaces = [self.obs_dim, self.act_dim, self.discrete, self.policy_dim]  # of an Agent
 
     def reset(self, *seed, repeat=1):
-        """First observations (N, S) of new episodes, drawn by `seed`; `repeat` groups of Gymnasium's copies start alike."""
+        """First observations (N, S), drawn by `seed`; `repeat` groups of Gymnasium's copies start alike."""
         seeds = np.random.SeedSequence(seed).generate_state(self.num_envs // repeat) // 2
         return self.envs.reset(seeds.tolist() * repeat).to(self.device)
 
@@ -904,7 +905,6 @@ def train(config, resume=None):
         with locked(run):
             if resume:
                 resume_from(trainer, run)
-            keep_rows(run / "metrics.csv", trainer.done)
             save_config(config, run)
             kind = f"{config.num_envs} environments ({trainer.env.envs.kind}) on {trainer.device}"
             print(f"{config.algo} on {config.env}, seed {config.seed}: {kind}; writing {run}", flush=True)
@@ -917,13 +917,14 @@ def run_updates(trainer, run):
     """Iterate to the end: metrics.csv, checkpoints, progress. What stops it early leaves the last checkpoint."""
     first, saved, recent = trainer.done, trainer.done, []
     started = checkpoint_at = time.perf_counter()
+    write(run / "metrics.csv", "\n".join([",".join(COLUMNS), *trainer.rows, ""]).encode())  # of the checkpoint alone
     save_checkpoint(trainer, run)
     try:
         while trainer.done < trainer.updates:
             row = trainer.iterate()
-            cells = (f"{row[name]:.10g}" if name in row else "" for name in COLUMNS)
+            trainer.rows.append(",".join(f"{row[name]:.10g}" if name in row else "" for name in COLUMNS))
             with open(run / "metrics.csv", "a") as file:
-                file.write(",".join(cells) + "\n")
+                file.write(trainer.rows[-1] + "\n")
             recent = (recent + [row.get("return")] * row["episodes"])[-20:]
             now, done, total = time.perf_counter(), trainer.done, trainer.updates
             if 20 * done // total > 20 * (done - 1) // total:  # each twentieth
@@ -938,17 +939,6 @@ def run_updates(trainer, run):
         if saved < trainer.updates:
             how = f"python ncdpo.py --resume {run}"
             print(f"ncdpo: stopped; go on after update {saved} by {how}", file=sys.stderr)
-
-
-def keep_rows(path, updates):
-    """Cut metrics.csv to its first `updates` rows, which the checkpoint knows; UserError if they are not there."""
-    header = ",".join(COLUMNS)
-    with reading(path.parent):
-        lines = path.read_text().splitlines()[:updates + 1] if updates else [header]
-    numbers = [line.split(",")[0] for line in lines if line.count(",") == header.count(",")]
-    if lines[:1] != [header] or numbers != ["update", *map(str, range(1, updates + 1))]:
-        raise UserError(f"{path} has not the rows of updates 1 to {updates}: give --init-from, not --resume")
-    write(path, "\n".join([*lines, ""]).encode())
 
 
 def new_run_folder(config):
@@ -1017,7 +1007,7 @@ def load_config(run):
 def save_checkpoint(trainer, run):
     """checkpoint.pt: tensors, numbers and strings only, which torch loads with weights_only=True."""
     state = {"spaces": trainer.env.spaces, "bounds": trainer.env.bounds, "update": trainer.done,
-             "seconds": trainer.seconds, "agent": trainer.agent.state_dict(),
+             "seconds": trainer.seconds, "rows": trainer.rows, "agent": trainer.agent.state_dict(),
              "optimizer": trainer.optimizer.state_dict(), "random": torch.get_rng_state()}
     torch.save(state, buffer := io.BytesIO())
     write(run / "checkpoint.pt", buffer.getvalue())
@@ -1094,7 +1084,7 @@ def resume_from(trainer, run):
         torch.manual_seed(1_000 * trainer.config.seed + state["update"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"].cpu())
-        trainer.done, trainer.seconds = int(state["update"]), float(state["seconds"])
+        trainer.done, trainer.seconds, trainer.rows = state["update"], float(state["seconds"]), list(state["rows"])
     trainer.obs = trainer.env.reset(trainer.config.seed, trainer.done)
     if trainer.done >= trainer.updates:
         steps = trainer.done * trainer.batch_size

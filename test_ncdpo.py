@@ -1555,11 +1555,11 @@ def checkpoint_of(run):
 
 
 def same(one, other):
-    """Whether two nested states are equal to the last bit, but for the time they took."""
+    """Whether two nested states are equal to the last bit, but for the time they took, which rows tell as well."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one if k != "seconds")
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one.keys() - {"seconds", "rows"})
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
@@ -2007,19 +2007,22 @@ def test_a_config_json_that_was_edited_or_is_older_is_told_in_one_line(run, tmp_
         assert str(run) in complaint(capsys, flag, run, *more) and contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["torn", "older", "rows reordered", "columns reordered", "headerless",
+@pytest.mark.parametrize("damage", ["torn", "older", "newer", "rows reordered", "columns reordered", "headerless",
                                     "empty", "missing"])
-def test_metrics_that_lack_the_checkpoints_rows_are_told_before_training(run, capsys, damage):
+def test_resume_writes_the_rows_of_its_checkpoint_whatever_became_of_metrics(run, damage):
     path = run / "metrics.csv"
-    header, *rows = path.read_text().splitlines()
+    whole = path.read_text()
+    header, *rows = whole.splitlines()
     lines = {"torn": [header, *rows[:3], rows[3][:20]], "older": [header, *rows[:3]], "headerless": rows,
              "rows reordered": [header, rows[1], rows[0], *rows[2:]], "empty": [], "missing": [],
+             "newer": [header, *rows, rows[3].replace("4", "5", 1)],
              "columns reordered": [",".join(line.split(",")[::-1]) for line in (header, *rows)]}[damage]
     path.write_text("\n".join(lines))
     if damage == "missing":
         path.unlink()
-    before = contents(run)
-    assert str(run) in complaint(capsys, "--resume", run, "--total-timesteps", "512") and contents(run) == before
+    assert main(["--resume", str(run), "--total-timesteps", "512", "--episodes", "1"]) == 0
+    assert path.read_text().startswith(whole) and [row["update"] for row in rows_of(run)] == list("12345678")
+    assert path.read_text().splitlines()[1:] == checkpoint_of(run)["rows"]
 
 
 def test_another_mujoco_is_told_and_the_run_goes_on(run, capsys):

@@ -146,7 +146,7 @@ def make(source, config, steps=20_000, learning_rate=1e-3):
             ncdpo.save_config(config, run)
             print(f"cloning {source} with {config.algo} on {trainer.device}, in {run}", flush=True)
             clone(trainer.agent, demos, config.seed, steps, learning_rate)
-            ncdpo.keep_rows(run / "metrics.csv", 0)
+            ncdpo.write(run / "metrics.csv", (",".join(ncdpo.COLUMNS) + "\n").encode())
             ncdpo.save_checkpoint(trainer, run)
     return run
 
