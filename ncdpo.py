@@ -88,8 +88,8 @@ class Schedule(nn.Module):
             to_clean.append(math.sqrt(before) - to_noisy[k] * math.sqrt(now))
         signal, noise = [a**0.5 for a in abar], [(1 - a) ** 0.5 for a in abar]
         tables = dict(signal=signal, noise=noise, sigma=sigma, to_clean=to_clean, to_noisy=to_noisy)
-        for name, numbers in tables.items():
-            self.register_buffer(name, torch.tensor(numbers)[:, None], persistent=False)
+        for name, values in tables.items():
+            self.register_buffer(name, torch.tensor(values)[:, None], persistent=False)
 
     def tau(self, k):
         """Which of the K steps the k-th sampling step is (E18)."""

@@ -3358,6 +3358,21 @@ def test_each_ncdpo_is_compared_with_the_line_of_its_ending_and_with_all_that_ha
         said("--folder one --ratios ppo5/ppo6")
 
 
+def test_where_success_is_all_that_is_paid_for_tables_say_it_once(curves, tmp_path):
+    for line, share in (("ncdpo", 0.75), ("ppo", 0.5)):
+        rows = [f"{seed},{step},60,4,{share},{share}" for seed in (1, 2) for step in (1, 2)]
+        (tmp_path / f"Task-v0__{line}.csv").write_text("\n".join(["seed,step,seconds,episodes,return,success", *rows]))
+    ways = "exploring,exploring success,mean action,mean action success"
+    evaluated = [f"Task-v0,{line},{seed},0.4,0.44,0.9,0.8{seed}" for line in ("ncdpo", "ppo") for seed in (1, 2)]
+    (tmp_path / "evaluations.csv").write_text("\n".join([f"task,line,seed,{ways}", *evaluated]))
+    loaded = curves.load(tmp_path)
+    heads, _, row, _ = ([cell.strip() for cell in line.split("|")][1:-1] for line in curves.table(loaded).splitlines())
+    assert heads[3:6] == ["final success", "area of success", "exploring / mean action / zero noise"]
+    assert row[3:6] == ["0.75 [0.75, 0.75]", "0.75 [0.75, 0.75]", "0.44 / 0.81"]
+    told = curves.measures(loaded["Task-v0"]["ncdpo"])
+    assert list(told) == ["seed", "final success", "area of success", "mean action success"]
+
+
 def test_table_of_curves_that_are_straight_lines(curves, tmp_path):
     """Return slope * seed * t at row t of 100; no episode ends in each seventh row, ten in the last one, else one."""
     for algo, slope in (("ncdpo", 2), ("ppo", 1)):

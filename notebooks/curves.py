@@ -43,7 +43,7 @@ LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, qui
 FIRST = {"ncdpo": ("#c1272d", "-"), "ppo": ("#0000a7", "--"), "dppo": ("#777777", ":")}
 FURTHER = {"ncdpo": ("#e28413", "-."), "ppo": ("#008176", "--"), "dppo": ("#008176", (0, (1, 1)))}
 STYLES = {line: dict(zip(("color", "linestyle"), FIRST.get(line, FURTHER[line.split("-")[0]]))) for line in LINES}
-OWN_STARTS = "finetune-frozen", "finetune-moving", "games-33"  # each seed has a demonstrator or a team of its own
+OWN_STARTS = "finetune-frozen", "finetune-moving", "games-33", "manipulation"  # a seed: a start of its own
 WAYS = ["exploring", "mean action", "zero noise"]
 
 
@@ -164,11 +164,15 @@ def reach(curve, threshold, column="step"):
 
 def measures(curve):
     """What tables compare, {name: one value a seed}; of evaluations where a file has them."""
-    found = {"seed": curve["seed"][:, 0]}
-    if not np.isnan(curve["success"]).all():
+    found, told = {"seed": curve["seed"][:, 0]}, not np.isnan(curve["success"]).all()
+    if told:
         found["final success"] = final(curve, "success")
-    found |= {"final return": final(curve), "area": area(curve)}
-    return found | {name: curve[name] for name in ("mean action", "mean action success") if name in curve}
+    if told and np.allclose(curve["return"], curve["success"], equal_nan=True):  # success is all that is paid for
+        found["area of success"], more = area(curve), ["mean action success"]
+    else:
+        found |= {"final return": final(curve), "area": area(curve)}
+        more = ["mean action", "mean action success"]
+    return found | {name: curve[name] for name in more if name in curve}
 
 
 def load(*folders, only=None):
@@ -215,11 +219,14 @@ def table(curves):
         for line, curve in by_line.items():
             row = {"task": env, "algorithm": label(line), "seeds": len(curve["seed"])}
             for name, x in measures(curve).items():
-                if name in ("final success", "final return", "area"):
-                    digits = 2 if name == "final success" else 0
+                if not name.startswith(("seed", "mean action")):
+                    digits = 2 if "success" in name else 0
                     row[name] = "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(x.mean(), *interval(x), d=digits)
-            if "exploring" in curve:
-                row[" / ".join(WAYS)] = " / ".join(f"{curve[way].mean():.0f}" for way in WAYS if way in curve)
+            for ending, digits in ((" success", 2), ("", 0)):  # a success where it is told, else a return
+                ways = [curve[way + ending] for way in WAYS if way + ending in curve]
+                if ways:
+                    row[" / ".join(WAYS)] = " / ".join(f"{x.mean():.{digits}f}" for x in ways)
+                    break
             rows.append(row | {"minutes": f"{np.median(curve['seconds'][:, -1]) / 60:.1f}"})
     return markdown(rows)
 
@@ -291,7 +298,7 @@ def compare(folders, against, chosen, pool):
         raise SystemExit("curves: there are no such lines in such folders inside curves/, or only one of a task")
     print(table(curves), ratio_table(cases, paired=folders[0] in OWN_STARTS), sep="\n\n")
     if not (against or chosen or folders[1:]) and lines.keys() & LINES.keys():
-        title = "Fine-tuning" if folders[0].startswith(("finetune", "field")) else "From scratch"
+        title = "Fine-tuning" if folders[0].startswith(("finetune", "field", "manipulation")) else "From scratch"
         figure(curves, title=title).savefig(paths[0] / "curves.png", dpi=130)
 
 
