@@ -1,9 +1,10 @@
 """Manipulation with a sparse reward: Meta-World's tasks of a robot arm, and demonstrations of them with errors.
 
     pip install -r requirements.txt metaworld==3.1.1      # it pins MuJoCo 3.3.0: in an environment of its own
-    python notebooks/manipulation.py demos push-v3 push.npz --episodes 200 --seed 1
-    python notebooks/cloning.py push.npz --env notebooks.manipulation:push-v3 --runs runs/clones
-    python ncdpo.py --init-from runs/clones/notebooks.manipulation_push-v3__ncdpo__1
+    python notebooks/manipulation.py demos push-v3 push.npz --episodes 60
+    python notebooks/cloning.py push.npz --env notebooks.manipulation:push-v3 --runs runs/clones --bc-steps 5000
+    python ncdpo.py --init-from runs/clones/notebooks.manipulation_push-v3__ncdpo__1 --total-timesteps 300000
+    python notebooks/film.py runs/notebooks.manipulation_push-v3__ncdpo__1 push.gif
 
 Importing this file registers each of Meta-World's fifty tasks with Gymnasium under its own id, with the reward 1 and
 the end of the episode at success, else 0; and as dense/push-v3 and so on with Meta-World's own reward. An episode has
