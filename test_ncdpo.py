@@ -3352,6 +3352,7 @@ def test_each_ncdpo_is_compared_with_the_line_of_its_ending_and_with_all_that_ha
     assert said("--folder one --ratios ppo/dppo-matched dppo/ncdpo") == [
         ("MLP+PPO / DPPO, matched noise", "1.33"), ("DPPO / NCDPO", "0.50")]
     assert said("--folder one --against two") == [("MLP+PPO / two", "0.50")]
+    assert said("--folder one --against two --ratios ncdpo/ppo") == [("NCDPO / MLP+PPO, two", "1.50")]
     assert "| pooled | all 2 | 3 | 1.41 [1.41, 1.41] **higher, provisional** |" in printed(
         curves, monkeypatch, capsys, "curves.py --folder one --pool --ratios ncdpo/dppo dppo/dppo")
     with pytest.raises(SystemExit, match="no such lines"):

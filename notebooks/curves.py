@@ -6,6 +6,7 @@
     python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; of two: all their seeds
     python notebooks/curves.py --folder e16 --ratios dppo-s20-m1/dppo-s20-m20   # these lines and their ratios alone
     python notebooks/curves.py --folder finetune-frozen --against finetune-moving   # a line / itself in another folder
+    python notebooks/curves.py --folder finetune-frozen --against finetune-moving --ratios ncdpo/dppo  # / DPPO there
     python notebooks/curves.py coverage                     # how often the intervals of verdicts.py hold the true ratio
     python notebooks/curves.py show runs/A runs/B           # the returns of any runs, as a picture: curve.png
 
@@ -275,7 +276,8 @@ def picture(runs):
 def compare(folders, against, chosen, pool):
     """Print the tables of folders inside curves/, and draw the figure of a single one.
 
-    Ratios: the `chosen` LINE/LINE; or each line / itself in `against`; or NCDPO (with the same ending) / any other.
+    Ratios: the `chosen` LINE/LINE, the second in `against` if that is given; or each line / itself in `against`; or
+    NCDPO (with the same ending) / any other.
     """
     paths, pairs = [HERE / "curves" / folder for folder in folders], [pair.split("/") for pair in chosen]
     curves = load(*paths, only=list(dict.fromkeys(line for pair in pairs for line in pair)))
@@ -283,14 +285,15 @@ def compare(folders, against, chosen, pool):
     lines = dict.fromkeys(line for by_line in curves.values() for line in by_line)
     for theirs in lines:
         ours = re.sub("^(dppo|ppo)", "ncdpo", theirs)
-        if against:
+        if against and not chosen:
             pairs.append([theirs, theirs])
         elif not chosen and ours != theirs:
             pairs.append([ours if ours in lines else "ncdpo", theirs])
     cases = {}
     for ours, theirs in pairs:
         tasks = [env for env in curves if ours in curves[env] and theirs in others.get(env, {})]
-        cases[f"{label(ours)} / {against or label(theirs)}"] = {
+        other = label(theirs) if not against else against if ours == theirs else f"{label(theirs)}, {against}"
+        cases[f"{label(ours)} / {other}"] = {
             env: (measures(curves[env][ours]), measures(others[env][theirs])) for env in tasks}
     if pool:
         cases = {"pooled": {f"{case}, {env}": pair for case in cases for env, pair in cases[case].items()}}
