@@ -917,7 +917,7 @@ def run_updates(trainer, run):
     """Iterate to the end: metrics.csv, checkpoints, progress. What stops it early leaves the last checkpoint."""
     first, saved, recent = trainer.done, trainer.done, []
     started = checkpoint_at = time.perf_counter()
-    write(run / "metrics.csv", "\n".join([",".join(COLUMNS), *trainer.rows, ""]).encode())  # of the checkpoint alone
+    write(run / "metrics.csv", "\n".join([",".join(COLUMNS), *trainer.rows, ""]).encode())  # later ones come anew
     save_checkpoint(trainer, run)
     try:
         while trainer.done < trainer.updates:

@@ -44,7 +44,7 @@ LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, qui
 FIRST = {"ncdpo": ("#c1272d", "-"), "ppo": ("#0000a7", "--"), "dppo": ("#777777", ":")}
 FURTHER = {"ncdpo": ("#e28413", "-."), "ppo": ("#008176", "--"), "dppo": ("#008176", (0, (1, 1)))}
 STYLES = {line: dict(zip(("color", "linestyle"), FIRST.get(line, FURTHER[line.split("-")[0]]))) for line in LINES}
-OWN_STARTS = "finetune-frozen", "finetune-moving", "games-33", "manipulation"  # a seed: a start of its own
+OWN_STARTS = "finetune-frozen", "finetune-moving", "games-33", "manipulation"  # each seed has its own start
 WAYS = ["exploring", "mean action", "zero noise"]
 
 
@@ -165,7 +165,8 @@ def reach(curve, threshold, column="step"):
 
 def measures(curve):
     """What tables compare, {name: one value a seed}; of evaluations where a file has them."""
-    found, told = {"seed": curve["seed"][:, 0]}, not np.isnan(curve["success"]).all()
+    found = {"seed": curve["seed"][:, 0]}
+    told = not np.isnan(curve["success"]).all()
     if told:
         found["final success"] = final(curve, "success")
     if told and np.allclose(curve["return"], curve["success"], equal_nan=True):  # success is all that is paid for
@@ -292,8 +293,10 @@ def compare(folders, against, chosen, pool):
     cases = {}
     for ours, theirs in pairs:
         tasks = [env for env in curves if ours in curves[env] and theirs in others.get(env, {})]
-        other = label(theirs) if not against else against if ours == theirs else f"{label(theirs)}, {against}"
-        cases[f"{label(ours)} / {other}"] = {
+        others_name = label(theirs)
+        if against:
+            others_name = against if ours == theirs else f"{label(theirs)}, {against}"
+        cases[f"{label(ours)} / {others_name}"] = {
             env: (measures(curves[env][ours]), measures(others[env][theirs])) for env in tasks}
     if pool:
         cases = {"pooled": {f"{case}, {env}": pair for case in cases for env, pair in cases[case].items()}}
