@@ -1029,37 +1029,6 @@ def load_agent(run, where, /, **changed):
     return config, agent, state
 
 
-class LoadedPolicy(nn.Module):
-    """Raw observations (S,) or (B, S) to actions of the task: numpy to numpy, torch to torch. load_policy makes it."""
-
-    def __init__(self, agent, bounds, chunk, way):
-        super().__init__()
-        self.agent, self.bounds, self.chunk, self.way = agent.requires_grad_(False), bounds, chunk, way
-
-    def forward(self, obs):
-        rows, policy = torch.atleast_2d(torch.as_tensor(obs)), self.agent.policy
-        B, K, A = rows.shape[0], policy.K, policy.act_dim  # shape, as len would fix torch.export's B
-        omega, noise = torch.zeros(B, K, A), torch.zeros(B, A)
-        if self.way != "zero noise":
-            omega, drawn = policy.draw_noise(B)
-            noise = drawn if self.way == "exploring" else noise
-        action = to_task(self.agent.act(rows, omega, noise)[0], **self.bounds)
-        if self.chunk > 1:
-            action = action.unflatten(-1, (self.chunk, -1))
-        action = action if len(obs.shape) > 1 else action[0]
-        return action.numpy() if isinstance(obs, np.ndarray) else action
-
-
-def load_policy(run, way="zero noise"):
-    """A saved run's policy on the CPU, as a torch module without gradients; `way` as in evaluate. Raises UserError.
-
-    A Box action is (A,), or of a chunk (H, A), to be played in a row; a Discrete one (). With a batch: (B, ...).
-    """
-    config, agent, state = load_agent(run, torch.device("cpu"))
-    with reading(run):
-        return LoadedPolicy(agent, state["bounds"], config.action_chunk, way)
-
-
 def require_same(before, config, names):
     """Raises UserError for the first of the fields `names` in which a configuration differs from that of its run."""
     for name in sorted(names):

@@ -69,7 +69,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ncdpo
 from ncdpo import UserError, VectorEnv, main, make_env
-from notebooks import cloning, modes
+from notebooks import cloning, deploy, modes
 
 HERE = Path(ncdpo.__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -1760,35 +1760,6 @@ def test_evaluation_counts_first_episodes_and_leaves_the_heads_noise_out_where_i
     assert len(played) == max(result[way]["length"].max() for way in WAYS)
 
 
-@pytest.mark.parametrize("given", [dict(env="TinyBox-v0", action_chunk=3), dict(env="CartPole-v1", algo="ppo"),
-                                   dict(env="TinyOdd-v0", algo="dppo")], ids=lambda given: given["env"])
-def test_a_loaded_policy_acts_on_raw_observations_as_an_evaluation_does(tmp_path, given):
-    """Played in a task of Gymnasium's, without a VectorEnv; and exported, for any batch."""
-    run = untrained(tmp_path, **given)
-    policy, task = ncdpo.load_policy(run), make_env(given["env"])
-    seed = np.random.SeedSequence(1_000_003 + config().seed).generate_state(1)[0] // 2
-    obs, total, ended = task.reset(seed=int(seed))[0], 0.0, False
-    while not ended:
-        for action in policy(np.ravel(obs)) if "action_chunk" in given else [policy(np.ravel(obs))]:
-            assert isinstance(action, (np.ndarray, np.generic)) and np.shape(action) == task.action_space.shape
-            obs, reward, terminated, truncated, _ = task.step(action.astype(task.action_space.dtype))
-            total, ended = total + float(np.squeeze(reward)), terminated or truncated
-            if ended:
-                break
-    assert total == pytest.approx(ncdpo.evaluate(run, 1)["zero noise"]["return"].item(), rel=1e-5)
-    obs = torch.randn(5, len(np.ravel(obs)))
-    for way in WAYS:
-        policy = ncdpo.load_policy(run, way)
-        exported = torch.export.export(policy, (obs[:4],), dynamic_shapes={"obs": {0: torch.export.Dim("B", min=2)}})
-        played = []
-        for act in (policy, exported.module(), lambda obs: torch.stack([policy(row) for row in obs])):
-            torch.manual_seed(0)
-            played.append(act(obs))
-        assert torch.equal(*played[:2]) and played[0].shape == played[2].shape and len(played[0]) == 5
-        if way == "zero noise":
-            torch.testing.assert_close(played[0], played[2])
-
-
 def test_evaluation_of_a_task_without_an_end_stops_at_max_steps(tmp_path):
     run = untrained(tmp_path, env="Tiny-v0")
     result = ncdpo.evaluate(run, 2, max_steps=9, env="TinyEndless-v0")
@@ -2923,6 +2894,37 @@ def test_demos_refuses_what_it_cannot_do(demos, clone, tmp_path, capsys):
     assert (tmp_path / "mine.npz").read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
 
 
+# --- notebooks/deploy.py ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("given", [dict(env="TinyBox-v0", action_chunk=3), dict(env="CartPole-v1", algo="ppo"),
+                                   dict(env="TinyOdd-v0", algo="dppo")], ids=lambda given: given["env"])
+def test_deploy_a_loaded_policy_acts_on_raw_observations_as_an_evaluation_does(tmp_path, given):
+    """Played in a task of Gymnasium's, without a VectorEnv; and exported, for any batch."""
+    run = untrained(tmp_path, **given)
+    policy, task = deploy.load_policy(run), make_env(given["env"])
+    seed = np.random.SeedSequence(1_000_003 + config().seed).generate_state(1)[0] // 2
+    obs, total, ended = task.reset(seed=int(seed))[0], 0.0, False
+    while not ended:
+        for action in policy(np.ravel(obs)) if "action_chunk" in given else [policy(np.ravel(obs))]:
+            assert isinstance(action, (np.ndarray, np.generic)) and np.shape(action) == task.action_space.shape
+            obs, reward, terminated, truncated, _ = task.step(action.astype(task.action_space.dtype))
+            total, ended = total + float(np.squeeze(reward)), terminated or truncated
+            if ended:
+                break
+    assert total == pytest.approx(ncdpo.evaluate(run, 1)["zero noise"]["return"].item(), rel=1e-5)
+    obs = torch.randn(5, len(np.ravel(obs)))
+    for way in WAYS:
+        policy = deploy.load_policy(run, way)
+        exported = torch.export.export(policy, (obs[:4],), dynamic_shapes={"obs": {0: torch.export.Dim("B", min=2)}})
+        played = []
+        for act in (policy, exported.module(), lambda obs: torch.stack([policy(row) for row in obs])):
+            torch.manual_seed(0)
+            played.append(act(obs))
+        assert torch.equal(*played[:2]) and played[0].shape == played[2].shape and len(played[0]) == 5
+        if way == "zero noise":
+            torch.testing.assert_close(played[0], played[2])
+
+
 # --- notebooks/film.py -----------------------------------------------------------------------------------------------
 
 class Odd(Tiny):
@@ -3293,6 +3295,10 @@ def test_runs_of_folders_whose_seeds_have_starts_of_their_own_are_compared_in_pa
         write_line(tmp_path / "curves" / folder, "Task-v0__ppo", [1, 10, 100])
     assert "2.00 [2.00, 2.00]" in printed(curves, monkeypatch, capsys, f"curves.py --folder {curves.OWN_STARTS[0]}")
     assert "2.00 [2.00, 2.00]" not in printed(curves, monkeypatch, capsys, "curves.py --folder other")
+    # a line that shares no seed has no pairs, and is left out
+    write_line(tmp_path / "curves" / curves.OWN_STARTS[0], "Task-v0__dppo", [1, 10, 100], seeds=(4, 5, 6))
+    text = printed(curves, monkeypatch, capsys, f"curves.py --folder {curves.OWN_STARTS[0]}")
+    assert "2.00 [2.00, 2.00]" in text and "/ DPPO" not in text
 
 
 def write_line(folder, name, values, seeds=(1, 2, 3)):

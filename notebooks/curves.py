@@ -283,7 +283,7 @@ def compare(folders, against, chosen, pool):
     paths, pairs = [HERE / "curves" / folder for folder in folders], [pair.split("/") for pair in chosen]
     curves = load(*paths, only=list(dict.fromkeys(line for pair in pairs for line in pair)))
     others = load(HERE / "curves" / against) if against else curves
-    lines = dict.fromkeys(line for by_line in curves.values() for line in by_line)
+    lines, paired = dict.fromkeys(line for by_line in curves.values() for line in by_line), folders[0] in OWN_STARTS
     for theirs in lines:
         ours = re.sub("^(dppo|ppo)", "ncdpo", theirs)
         if against and not chosen:
@@ -293,6 +293,8 @@ def compare(folders, against, chosen, pool):
     cases = {}
     for ours, theirs in pairs:
         tasks = [env for env in curves if ours in curves[env] and theirs in others.get(env, {})]
+        if paired:
+            tasks = [env for env in tasks if np.isin(curves[env][ours]["seed"], others[env][theirs]["seed"]).any()]
         others_name = label(theirs)
         if against:
             others_name = against if ours == theirs else f"{label(theirs)}, {against}"
@@ -301,8 +303,8 @@ def compare(folders, against, chosen, pool):
     if pool:
         cases = {"pooled": {f"{case}, {env}": pair for case in cases for env, pair in cases[case].items()}}
     if not any(cases.values()):
-        raise SystemExit("curves: there are no such lines in such folders inside curves/, or only one of a task")
-    print(table(curves), ratio_table(cases, paired=folders[0] in OWN_STARTS), sep="\n\n")
+        raise SystemExit("curves: there are no such lines in such folders inside curves/, or only one of a task, or no seed of both")
+    print(table(curves), ratio_table(cases, paired), sep="\n\n")
     if not (against or chosen or folders[1:]) and lines.keys() & LINES.keys():
         title = "Fine-tuning" if folders[0].startswith(("finetune", "field", "manipulation")) else "From scratch"
         figure(curves, title=title).savefig(paths[0] / "curves.png", dpi=130)
