@@ -63,9 +63,10 @@ import torch.nn.functional as F
 class Schedule(nn.Module):
     """The cosine schedule (Nichol and Dhariwal, 2021) and the steps that use it (E1, E3, E4, E18).
 
-    A chain that was cloned with `steps` may be run on fewer, evenly spaced `sampling_steps`: its k-th step is then step
-    tau(k) of the K, and from E3 on k counts the steps that are run (E18). k is an int, or a LongTensor (...); x, eps
-    and output are (..., A). `signal` is sqrt(abar), `noise` sqrt(1 - abar); at k a table is (1,) or (..., 1).
+    A chain that was cloned with `steps` may be run on fewer, evenly spaced `sampling_steps`: K counts those that are
+    run, and the k-th of them is step tau(k) of training (E18). An int or a LongTensor (...) is an index into the
+    tables: of training's steps `signal`, sqrt(abar), and `noise`, sqrt(1 - abar), of those that are run the others.
+    x, eps and output are (..., A).
     """
 
     def __init__(self, steps, predict="sample", eta=1.0, clip=1.0, sampling_steps=None):
@@ -92,12 +93,12 @@ class Schedule(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None], persistent=False)
 
     def tau(self, k):
-        """Which of the K steps the k-th sampling step is (E18)."""
+        """Step of training that the k-th step of the chain is (E18)."""
         tau = k * self.steps / self.K
         return round(tau) if isinstance(k, int) else tau.round().long()
 
     def diffuse(self, x0, k, eps):
-        """Forward process (E1): x_k from clean x0 and standard normal eps; k counts all K steps."""
+        """Forward process (E1): x_k from clean x0 and standard normal eps, at training's step k."""
         return self.signal[k] * x0 + self.noise[k] * eps
 
     def clean(self, output, x, k):
@@ -145,8 +146,8 @@ class Denoiser(nn.Module):
         self.register_buffer("embedding", torch.cat([angle.sin(), angle.cos()], -1), persistent=False)
 
     def forward(self, x, k, obs):
-        """Network output (..., A) at x_k (..., A) and s (..., S); k an int, or a LongTensor of x's leading axes."""
-        seen = obs[..., :self.obs_dim]  # the critic may see more (VectorEnv.policy_dim)
+        """Network output (..., A) at x_k (..., A) and s (..., S); k an int, or a LongTensor that broadcasts to x's leading axes."""
+        seen = obs[..., :self.obs_dim]  # the critic may see more (make_envs)
         return self.net(torch.cat([x, seen, self.embedding[k].expand(*x.shape[:-1], -1)], -1))
 
 
@@ -155,7 +156,7 @@ class Normalizer(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(dim).double())  # 12345.678, if constant, is 0 then
+        self.register_buffer("mean", torch.zeros(dim).double())  # in float32 a constant 12345.678 would not be 0
         self.register_buffer("var", torch.ones(dim).double())
         self.register_buffer("count", torch.zeros(()).double())
 
@@ -287,7 +288,7 @@ class NCDPO(nn.Module):
         return self.act(obs, omega, torch.zeros_like(noise) if deterministic else noise)
 
     def bc_loss(self, obs, action):
-        """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random k of K."""
+        """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random step of training."""
         k = torch.randint(1, self.schedule.steps + 1, (len(obs),), device=obs.device)
         eps = torch.randn_like(action)
         target = {"sample": action, "epsilon": eps,
@@ -298,29 +299,24 @@ class NCDPO(nn.Module):
 # ===== 4  PPO =========================================================================================================
 
 def advantages(reward, value, final_value, terminated, ended, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al., 2016), the A of E10 and E12; every argument is (T, N).
+    """Generalised advantage estimation (Schulman et al., 2016), the A of E10 and E12; tensors are (T, N).
 
     final_value is the value of where a step led, before any reset: a termination has no future, a truncation has one,
-    and the trace is cut at both (ended = terminated or truncated; both are bools).
+    and the trace is cut at both (ended = terminated or truncated; both are bools). gamma and gae_lambda are factors per
+    decision; gamma may be a tensor.
     """
-    delta = reward + gamma * ~terminated * final_value - value
+    A = reward + gamma * ~terminated * final_value - value  # delta; the loop adds what follows
     keep = gamma * gae_lambda * ~ended
-    result, trace = torch.empty_like(delta), torch.zeros_like(delta[0])
-    for t in range(len(delta) - 1, -1, -1):
-        trace = delta[t] + keep[t] * trace
-        result[t] = trace
-    return result
+    for t in range(len(A) - 2, -1, -1):
+        A[t] += keep[t] * A[t + 1]
+    return A
 
 
 def clipped_objective(log_ratio, A, clip):
-    """PPO's clipped objective (E12) of log ratios log r (E11) and advantages, both of the same shape.
-
-    Also returns the approximate KL (Schulman's k3 estimator) and the fraction of clipped ratios.
-    """
+    """PPO's clipped objective (E12) of log ratios and advantages of one shape; and the fraction of clipped ratios."""
     ratio = log_ratio.exp()
     objective = torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
-    with torch.no_grad():
-        return objective, (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > clip).float().mean()
+    return objective, ((ratio - 1).abs() > clip).float().mean()
 
 
 def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, clip_coef=0.2, vf_coef=0.5,
@@ -332,10 +328,11 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
     an action's `coordinates`. A policy may bring an `objective` of its own for M ratios a decision, log_prob (B, M).
     """
     new_log_prob, entropy = policy.evaluate_actions(obs, action, latent)
-    log_ratio = (new_log_prob - log_prob) / coordinates  # one for each decision (E11)
+    log_ratio = new_log_prob - log_prob  # one for each decision (E11)
     A = (advantage - advantage.mean()) / (advantage.std() + 1e-8) if norm_adv else advantage
 
-    objective, kl, clipped = getattr(policy, "objective", clipped_objective)(log_ratio, A, clip_coef)
+    objective, clipped = getattr(policy, "objective", clipped_objective)(log_ratio / coordinates, A, clip_coef)
+    kl = (log_ratio.exp() - 1 - log_ratio).detach().sum() / len(obs)  # Schulman's k3, over all decisions of an action
     value_loss = 0.5 * F.mse_loss(critic(obs).squeeze(-1), target)
     entropy = entropy.mean()
     loss = -objective + vf_coef * value_loss - ent_coef * entropy
@@ -357,8 +354,7 @@ def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, ma
             loss, diagnostics = loss_function(**{name: tensor[pick] for name, tensor in batch.items()})
             optimizer.zero_grad()
             loss.backward()
-            groups = optimizer.param_groups
-            norms = [nn.utils.clip_grad_norm_(group["params"], max_grad_norm) for group in groups]
+            norms = [nn.utils.clip_grad_norm_(group["params"], max_grad_norm) for group in optimizer.param_groups]
             optimizer.step()
             taken.append(diagnostics | {"grad_norm": norms[0]})
     means = [sum(row[name] for row in taken) / len(taken) for name in taken[0]]
@@ -367,15 +363,12 @@ def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, ma
 
 # ===== 5  Training loop ===============================================================================================
 
-ROLLOUT = "obs action log_prob latent reward terminated ended final_obs success".split()
-
-
 class UserError(Exception):
     """A mistake of the user's or of their machine, told in one sentence that names the remedy."""
 
 
 class Agent(nn.Module):
-    """Policy, critic and the normalisers of observations and rewards: all that a checkpoint must hold."""
+    """Policy, critic and the normalisers of observations and rewards: all that learns or counts."""
 
     def __init__(self, config, obs_dim, act_dim, discrete, policy_dim):
         super().__init__()
@@ -402,16 +395,14 @@ class Trainer:
         self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector, config.action_chunk)
         self.agent = Agent(config, *self.env.spaces).to(self.device)
         parts = [self.agent.policy, self.agent.critic] if config.critic_learning_rate else [self.agent]
-        groups = [{"params": part.parameters()} for part in parts]
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+        self.optimizer = torch.optim.Adam([{"params": part.parameters()} for part in parts], eps=1e-5, fused=True)
         self.batch_size = self.env.num_envs * config.num_steps * config.action_chunk  # environment steps
         self.updates = config.total_timesteps // self.batch_size
         if self.updates <= config.critic_warmup:
             raise UserError(f"--total-timesteps {config.total_timesteps} has no room for a rollout of "
                             f"{self.batch_size} steps after a --critic-warmup of {config.critic_warmup}")
         self.obs = self.env.reset(config.seed)
-        self.carry = torch.zeros(self.env.num_envs, device=self.device)  # discounted return so far
-        self.so_far = 0.0  # return, length and success so far of the episodes that go on
+        self.carry = self.so_far = 0.0  # of the episodes that go on: discounted return; return, length and success
         self.rows = []  # of metrics.csv, one for each update
         coordinates = self.env.act_dim if config.mean_log_prob and not self.env.discrete else 1
         self.loss = partial(ppo_loss, self.agent.policy, self.agent.critic, clip_coef=config.clip_coef,
@@ -430,7 +421,7 @@ class Trainer:
         row = ppo_update(self.loss, batch, self.optimizer, config.update_epochs, config.minibatch_size)
         if isinstance(self.agent.policy.head, Gaussian):
             row["sigma"] = self.agent.policy.head.log_std.exp().mean().item()
-            row["chain_std"] = chain_std(self.agent.policy, batch["obs"][:128])
+            row["chain_std"] = chain_std(self.agent.policy, batch["obs"][::max(1, len(batch["obs"]) // 128)])
         if not all(map(math.isfinite, [*row.values(), rollout["obs"].sum(), rollout["reward"][..., 0].sum()])):
             raise UserError(f"an observation, a reward or the loss is not finite in update {self.done + 1}; "
                             "if it is the loss, lower --learning-rate")
@@ -454,7 +445,8 @@ class Trainer:
             rows.append((self.obs, *decision, reward, terminated, terminated | truncated, final_obs,
                          self.env.envs.success))
             self.obs = obs
-        return dict(zip(ROLLOUT, map(torch.stack, zip(*rows))))
+        names = "obs action log_prob latent reward terminated ended final_obs success".split()
+        return dict(zip(names, map(torch.stack, zip(*rows))))
 
     def finished(self, rollout):
         """Return, length and success of the episodes that ended, (episodes, 3); call once a rollout."""
@@ -478,9 +470,8 @@ class Trainer:
         if not config.init_from:  # a given policy keeps the inputs that it knows
             agent.obs_norm.update(rollout["obs"].flatten(0, 1))  # only now: the old statistics acted
         value, final_value = agent.critic(obs).squeeze(-1), agent.critic(final_obs).squeeze(-1)
-        final_value *= (config.gamma or 1.0) ** (played.sum(-1) - H)  # a chunk cut short is there sooner
         advantage = advantages(reward, value, final_value, rollout["terminated"], rollout["ended"],
-                               config.gamma ** H, config.gae_lambda)
+                               config.gamma ** played.sum(-1), config.gae_lambda)  # a chunk may be cut short
         batch = {name: rollout[name] for name in ("action", "log_prob", "latent")}
         batch |= {"obs": obs, "advantage": advantage, "target": advantage + value}
         batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
@@ -521,13 +512,12 @@ class VectorEnv:
         self.close, space = self.envs.close, self.envs.action_space
         self.discrete = isinstance(space, gym.spaces.Discrete)
         if self.discrete:
-            self.act_dim, self.bounds = int(space.n), {"low": torch.tensor(int(space.start))}
+            self.act_dim, self.bounds = int(space.n), {"low": int(space.start)}
         else:
             low, high = torch.as_tensor(np.tile([space.low, space.high], chunk).astype(float), device=self.envs.device)
             self.act_dim, self.bounds = len(low), {"low": low, "high": high, "whole": space.dtype.kind in "iu"}
         self.obs_dim = math.prod(self.envs.observation_space.shape)
-        self.policy_dim = getattr(self.envs, "policy_dim", self.obs_dim)
-        self.spaces = [self.obs_dim, self.act_dim, self.discrete, self.policy_dim]  # of an Agent
+        self.spaces = [self.obs_dim, self.act_dim, self.discrete, getattr(self.envs, "policy_dim", self.obs_dim)]
 
     def reset(self, *seed, repeat=1):
         """First observations (N, S), drawn by `seed`; `repeat` groups of Gymnasium's copies start alike."""
@@ -535,7 +525,9 @@ class VectorEnv:
         return self.envs.reset(seeds.tolist() * repeat).to(self.device)
 
     def step(self, action):
-        """Action (N, H * A) in [-1, 1], or (N,) indices; obs and final_obs (N, S), reward (N, H), two bools (N,)."""
+        """Action (N, H * A) in [-1, 1], or indices (N,); gives obs (N, S), reward (N, H), terminated and truncated (N,),
+        which are bools, and final_obs (N, S).
+        """
         action = to_task(action.to(self.envs.device), **self.bounds)
         obs, reward, *rest = (x.to(self.device) for x in self.envs.step(action))
         return obs, reward.float(), *rest
@@ -544,7 +536,7 @@ class VectorEnv:
 def to_task(action, low, high=None, whole=False):
     """Actions (..., H * A) in [-1, 1] as a task with these bounds takes them, float64; or indices (...) from low on."""
     if high is None:
-        return action + low.to(action.device)
+        return action + low
     action = (high + low) / 2 + (high - low) / 2 * action
     return (action.round() if whole else action).clamp(low, high)
 
@@ -572,7 +564,7 @@ def make_envs(env_id, num_envs, chunk, device, vector):
     if chunk > 1 and (own or discrete):
         raise UserError(f"{env_id} takes one action at a time: give --action-chunk 1")
     batched = None if own or vector == "sync" else batched_envs(one, num_envs, chunk, device, vector)
-    return own or batched or GymnasiumEnvs(env_id, num_envs, chunk)
+    return own or batched or GymnasiumEnvs([one, *(make_env(env_id) for _ in range(num_envs - 1))], chunk)
 
 
 def make_env(env_id, **more):
@@ -582,7 +574,7 @@ def make_env(env_id, **more):
         warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
         if "mujoco" in entry:
             import mujoco
-            mujoco.set_mju_user_warning(lambda message: None)  # on the age of Gymnasium's models
+            mujoco.set_mju_user_warning(lambda message: None)  # most are on the age of Gymnasium's models
         try:
             return gym.make(env_id, disable_env_checker=True, **more)
         except (gym.error.Error, ImportError) as error:
@@ -608,11 +600,10 @@ class GymnasiumEnvs:
 
     kind, device = "sync", torch.device("cpu")
 
-    def __init__(self, env_id, num_envs, chunk):
-        self.tasks, self.chunk = [make_env(env_id) for _ in range(num_envs)], chunk
-        one = self.tasks[0]
-        self.observation_space, self.action_space = one.observation_space, one.action_space
-        self.success = torch.full((num_envs,), torch.nan)
+    def __init__(self, tasks, chunk):
+        self.tasks, self.chunk = tasks, chunk
+        self.observation_space, self.action_space = tasks[0].observation_space, tasks[0].action_space
+        self.success = torch.full((len(tasks),), torch.nan)
 
     def reset(self, seeds):
         first = [flat(task.reset(seed=seed)[0]) for task, seed in zip(self.tasks, seeds)]
@@ -628,7 +619,7 @@ class GymnasiumEnvs:
     def play(self, task, action):
         """Play a chunk in one copy, and begin a new episode if it ends the old one."""
         rewards = np.full(self.chunk, np.nan)
-        for i, part in enumerate(np.split(action, self.chunk) if self.chunk > 1 else [action]):
+        for i, part in enumerate(action.reshape(self.chunk, *self.action_space.shape)):
             obs, reward, terminated, truncated, info = task.step(part)
             rewards[i] = np.asarray(reward).item()  # a task may give an array of one number
             if not math.isfinite(rewards[i]):
@@ -834,13 +825,12 @@ class DPPO(NCDPO):
     min_std^2), or the softmax of E8.
     """
 
-    def __init__(self, obs_dim, act_dim, min_std=0.1, gamma_denoising=0.99, **chain):
-        super().__init__(obs_dim, act_dim, **{"head": Gaussian(act_dim, min_std, fixed=True)} | chain)
-        steps_to_go = torch.arange(self.K - 1, -1, -1)
+    def __init__(self, obs_dim, act_dim, min_std=0.1, gamma_denoising=0.99, head=None, **chain):
+        super().__init__(obs_dim, act_dim, head=head or Gaussian(act_dim, min_std, fixed=True), **chain)
         std = (self.noise_scale * self.schedule.sigma).clamp(min=min_std)
         self.register_buffer("log_std", torch.log(std), persistent=False)  # of step k, (K + 1, 1)
-        self.register_buffer("ks", steps_to_go + 1, persistent=False)  # K, ..., 1
-        self.register_buffer("weight", gamma_denoising ** steps_to_go.float(), persistent=False)
+        self.register_buffer("ks", torch.arange(self.K, 0, -1), persistent=False)  # K, ..., 1
+        self.register_buffer("weight", gamma_denoising ** (self.ks - 1), persistent=False)
 
     def act(self, obs, omega, noise):
         xs, log_probs = [omega[:, 0]], []
@@ -861,8 +851,7 @@ class DPPO(NCDPO):
 
     def objective(self, log_ratio, A, clip):
         """E12 for each of the K decisions: log_ratio (B, K), A (B,) discounted by the steps to go (E15)."""
-        objective, kl, clipped = clipped_objective(log_ratio, A[:, None] * self.weight, clip)
-        return objective, kl * self.K, clipped  # the KL of an action is that of all its decisions
+        return clipped_objective(log_ratio, A[:, None] * self.weight, clip)
 
 
 def make_policy(c, obs_dim, act_dim, discrete):
@@ -870,8 +859,7 @@ def make_policy(c, obs_dim, act_dim, discrete):
     if discrete:
         head = Categorical(1.0 if c.algo == "ppo" else c.temperature)
     else:
-        fixed = c.algo == "dppo"
-        head = Gaussian(act_dim, c.min_std if fixed else c.init_std, fixed)
+        head = None if c.algo == "dppo" else Gaussian(act_dim, c.init_std)  # DPPO makes its own
     if c.algo == "ppo":
         return MLPPolicy(obs_dim, act_dim, c.hidden, c.activation, head)
     chain = dict(steps=c.denoising_steps, hidden=c.hidden, activation=c.activation, head=head,
@@ -946,7 +934,7 @@ def new_run_folder(config):
     name = re.sub("[/:]", "_", config.env.split("?")[0]) + f"__{config.algo}__{config.seed}"
     run = Path(config.runs, name)
     for n in itertools.count(2):
-        if not run.exists():
+        with contextlib.suppress(FileExistsError):
             run.mkdir(parents=True)
             return run
         run = Path(config.runs, f"{name}-{n}")
@@ -1156,7 +1144,7 @@ class Config:
     critic_warmup: int = 0  # first updates, in which only the critic learns
     hidden: int = 128  # width of the two hidden layers of actor and critic
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
-    init_std: float = 0.22  # initial sigma (E7) of ncdpo and ppo; of --init-from only if it differs
+    init_std: float = 0.22  # initial sigma (E7) of ncdpo and ppo; of --init-from if it or --algo differs
     action_chunk: int = 1  # actions H that are played in a row: one decision of PPO
     mean_log_prob: bool = False  # average log-likelihoods over coordinates, not sum
 
@@ -1201,6 +1189,7 @@ LIMITS = {"denoising_steps": (1, 100), "seed": (0, 2**31 - 1), "minibatch_size":
           "hidden": (1, 4096), "critic_warmup": (0, 1e9), "ent_coef": (0, 1e6), "eta": (0, 1), "gamma": (0, 1),
           "gae_lambda": (0, 1), "gamma_denoising": (0, 1)}
 PRESETS = {  # by the name of the task without its version; the same for all algorithms
+    "HalfCheetah": dict(minibatch_size=1024, learning_rate=1e-3),
     "Hopper": dict(num_envs=16, num_steps=128, init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95,
                    minibatch_size=256, update_epochs=10),
     "Walker2d": dict(num_envs=16, num_steps=128, init_std=0.5, min_std=0.2, gamma=0.99, gae_lambda=0.95,
@@ -1241,7 +1230,7 @@ def parse(arguments, preset=None):
 def main(arguments=None):
     """Entry point; returns the exit code: 0, 2 for a mistake told in one sentence, 130 for an interruption."""
     try:
-        config, evaluated, resumed, given = parse(sys.argv[1:] if arguments is None else arguments)
+        config, evaluated, resumed, given = parse(arguments)
         if evaluated is not None:
             print(describe(evaluate(evaluated, **{"episodes": config.episodes} | given)))
         else:

@@ -33,6 +33,7 @@ Which tests check which equation of README.md (python -m pytest -k E5_ runs thos
     E15, E16        test_E15_E16_scored_steps_are_those_of_a_plain_loop
     E16             test_E16_one_scored_step_is_ncdpo_with_or_without_its_gradient_through_the_chain
     E13, E16        test_E13_E16_gradient_of_scored_steps_equals_finite_differences
+    E13, E16        test_E13_E16_a_cut_chain_is_ncdpo_whose_gradient_is_that_of_the_last_step
     E17             test_E17_chain_std_is_the_deviation_of_the_action_over_the_chains_noise
 """
 
@@ -672,7 +673,8 @@ def test_episodes_are_counted_across_rollouts():
 
 @pytest.mark.parametrize("algo, env, H, g", [
     ("ncdpo", "CartPole-v1", 1, 0.9), ("dppo", "TinyBox-v0", 1, 0.9),  # the first terminates, the second truncates
-    ("ncdpo", "TinyBox-v0", 3, 0.9), ("ncdpo", "TinyEnds-v0", 3, 0.9), ("ncdpo", "TinyBox-v0", 3, 0.0)])  # in a chunk
+    ("ncdpo", "TinyBox-v0", 3, 0.9), ("ncdpo", "TinyEnds-v0", 3, 0.9),  # the latter within a chunk
+    ("ncdpo", "TinyEnds-v0", 3, 1e-20), ("ncdpo", "TinyBox-v0", 3, 0.0)])
 def test_E10_E12_update_learns_from_the_decisions_played(monkeypatch, batches, algo, env, H, g):
     """The second update against loops over its steps: discount g a step, so g^H a decision."""
     lam, coefficients, measured = 0.8, dict(clip_coef=0.1, ent_coef=0.03), []
@@ -762,8 +764,10 @@ def test_mean_log_prob_divides_a_box_actions_log_ratio_by_its_coordinates(algo, 
         old = log_prob.detach() - shift * torch.linspace(-1, 1, 64).view(-1, *[1] * (log_prob.dim() - 1))
         losses.append(trainer.loss(obs=obs, action=action, latent=latent, log_prob=old, advantage=torch.randn(64),
                                    target=torch.zeros(64))[1])
+    kl, less = (diagnostics.pop("approx_kl") for diagnostics in losses)  # which is of the whole action
+    assert kl.item() == pytest.approx(less.item() * (1 if discrete else 36), rel=0.1) and less > 1e-5
     one, other = ([x.item() for x in diagnostics.values()] for diagnostics in losses)
-    assert one == pytest.approx(other, rel=1e-3, abs=1e-6) and losses[0]["approx_kl"] > 1e-5
+    assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
 
 
 def test_a_constant_observation_is_0_to_the_network_and_a_large_one_that_hardly_varies_keeps_its_digits(monkeypatch):
@@ -2071,7 +2075,7 @@ def test_defaults_are_the_presets_of_the_task_but_for_what_is_given():
         assert c.learning_rate == ncdpo.Config.learning_rate and hopper["init_std"] != ncdpo.Config.init_std
     c = ncdpo.parse(["--env", "Hopper-v4", "--gamma", "0.5"], preset=dict(gamma=0.7, action_chunk=4))[0]
     assert c == ncdpo.Config("Hopper-v4", gamma=0.5, action_chunk=4)  # a script's own defaults
-    assert ncdpo.parse([])[0] == ncdpo.Config.for_task() == ncdpo.Config()
+    assert ncdpo.parse([])[0] == ncdpo.Config.for_task() == ncdpo.Config(**ncdpo.PRESETS["HalfCheetah"])
 
 
 def test_a_run_that_starts_from_another_takes_over_its_settings_but_not_its_end(tmp_path):
@@ -2994,10 +2998,11 @@ def test_film_takes_frames_observations_and_rewards_of_many_kinds(film, tmp_path
     assert score == pytest.approx(ncdpo.evaluate(run, 1)["mean action"]["return"][0], abs=0.06)
 
 
-@pytest.mark.parametrize("env, chunk", [("Hopper-v4", 1), ("Walker2d-v5", 1), ("Hopper-v4", 4)])
-def test_film_of_a_batched_task_draws_the_states_that_are_played(film, tmp_path, monkeypatch, env, chunk):
+@pytest.mark.parametrize("env, chunk, algo", [("Hopper-v4", 1, "ncdpo"), ("Walker2d-v5", 1, "ppo"),
+                                              ("Hopper-v4", 4, "ncdpo")])
+def test_film_of_a_batched_task_draws_the_states_that_are_played(film, tmp_path, monkeypatch, env, chunk, algo):
     from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-    run = untrained(tmp_path, env=env, action_chunk=chunk)
+    run = untrained(tmp_path, env=env, action_chunk=chunk, algo=algo)
     drawn, seen, act = [], [], ncdpo.Agent.act
 
     def render(renderer, mode):
@@ -3075,8 +3080,8 @@ def test_an_error_of_ones_own_task_shows_its_traceback_in_a_film(film, clone, tm
 
 def test_a_game_with_a_simulator_of_its_own_cannot_be_filmed(film, tmp_path, monkeypatch, capsys):
     class Own:
-        def __init__(self, *given):
-            self.envs = ncdpo.GymnasiumEnvs(*given, 1)
+        def __init__(self, name, num_envs):
+            self.envs = ncdpo.GymnasiumEnvs([make_env(name) for _ in range(num_envs)], 1)
 
         def __getattr__(self, name):
             return getattr(self.envs, name)
@@ -3159,6 +3164,24 @@ def test_E16_one_scored_step_is_ncdpo_with_or_without_its_gradient_through_the_c
     torch.testing.assert_close(log_prob, one.log_prob(obs, action, omega)[:, 0])
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_E13_E16_a_cut_chain_is_ncdpo_whose_gradient_is_that_of_the_last_step(float64, e16, monkeypatch, steps):
+    whole = make_policy("ncdpo", denoising_steps=steps)
+    monkeypatch.setattr(ncdpo, "NCDPO", e16.CutChain)
+    cut = make_policy("ncdpo", denoising_steps=steps)
+    cut.load_state_dict(whole.state_dict())
+    obs, action = torch.randn(9, 3), torch.randn(9, 2)
+    omega, _ = whole.draw_noise(9)
+    last = Normal(whole.mu(whole.chain(obs, omega)[-2].detach(), 1, obs), whole.head.log_std.exp())
+    ends = cut.log_prob(obs, action, omega), last.log_prob(action).sum(-1), whole.log_prob(obs, action, omega)
+    for end in ends[1:]:
+        torch.testing.assert_close(ends[0], end)
+    ours, theirs, through = (torch.cat([g.flatten() for g in torch.autograd.grad(
+        end.sum(), list(policy.denoiser.parameters()))]) for end, policy in zip(ends, (cut, whole, whole)))
+    torch.testing.assert_close(ours, theirs)
+    assert torch.allclose(ours, through) == (steps == 1)
+
+
 @pytest.mark.parametrize("predict", PREDICT)
 @pytest.mark.parametrize("M", [1, 2, 4])
 def test_E13_E16_gradient_of_scored_steps_equals_finite_differences(float64, e16, predict, M):
@@ -3193,8 +3216,19 @@ def test_scored_steps_train_and_evaluates_with_the_steps_that_its_flags_name(e16
         assert e16.main([*flags, "--scored-steps", steps]) == 2
         error = "ncdpo: --scored-steps must be from 1 to 5, the number of steps that are run.\n"
         assert capsys.readouterr().err == error
-    with pytest.raises(SystemExit):
-        e16.main([*flags, "--algo", "ncdpo"])  # which would ignore it
+    for wrong in ([*flags, "--algo", "ncdpo"], [*flags[2:], "--algo", "dppo"]):  # which would ignore it
+        with pytest.raises(SystemExit):
+            e16.main(wrong)
+
+
+def test_without_scored_steps_ncdpo_itself_trains_with_or_without_its_chain_gradient(e16, tmp_path, monkeypatch):
+    monkeypatch.setattr(ncdpo, "NCDPO", ncdpo.NCDPO)  # put back after the test
+    made = []
+    monkeypatch.setattr(ncdpo, "make_policy", lambda *given, make=ncdpo.make_policy: made.append(make(*given)) or made[-1])
+    for way in ([], ["--no-chain-gradient", "--algo", "ncdpo"]):
+        assert e16.main([*way, *arguments("TinyBox-v0", tmp_path)]) == 0
+        assert (type(made[-1]) is e16.CutChain) == bool(way)
+    assert len(rows_of(tmp_path / "TinyBox-v0__ncdpo__1-2")) == 4
 
 
 # --- notebooks/health.py ---------------------------------------------------------------------------------------------

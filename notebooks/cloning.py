@@ -55,7 +55,7 @@ def load(source, env):
                             f"({n}, {size}): these are not demonstrations of this task")
         demos[key] = demos[key].reshape(n, size)
     if env.discrete:
-        action = 2.0 * (demos["actions"] - env.bounds["low"].item() == np.arange(env.act_dim)) - 1
+        action = 2.0 * (demos["actions"] - env.bounds["low"] == np.arange(env.act_dim)) - 1
         inside, extreme = (action > 0).any(1), ""
     else:
         action, inside = from_task(demos["actions"], env)

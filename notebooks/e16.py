@@ -3,9 +3,10 @@
     python notebooks/e16.py --scored-steps 2 --env HalfCheetah-v4                     # and other flags of ncdpo.py
     python notebooks/e16.py --scored-steps 2 --no-chain-gradient --env HalfCheetah-v4
     python notebooks/e16.py --scored-steps 2 --evaluate RUN                           # or --resume RUN
+    python notebooks/e16.py --no-chain-gradient --env HalfCheetah-v4                  # NCDPO itself, cut
 
 m = 1 is NCDPO with a sigma that stays at --min-std, all steps are DPPO. The run is one of --algo dppo, and does not
-know its m: give it again where the run is evaluated or resumed.
+know its m: give it again where the run is evaluated or resumed. Without m it is NCDPO, sigma learnt.
 """
 
 import argparse
@@ -63,21 +64,36 @@ class ScoredSteps(ncdpo.DPPO):
         return torch.cat([steps, last[:, None]], 1), self.head.entropy(mu[:, -1])
 
 
+class CutChain(ncdpo.NCDPO):
+    """NCDPO whose gradient ends in the last step of the chain; E13 sends it through all of them."""
+
+    def mean(self, obs, omega):
+        with torch.no_grad():
+            *_, x, _ = self.chain(obs, omega)
+        return self.mu(x, 1, obs)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--scored-steps", type=int, required=True, help="m, from 1 to the number of denoising steps")
+    parser.add_argument("--scored-steps", type=int, help="m, from 1 to the number of denoising steps")
     parser.add_argument("--chain-gradient", action=argparse.BooleanOptionalAction, default=True,
                         help="let the gradient flow through the steps that are conditioned on")
-    parser.add_argument("--algo", choices=["dppo"], help="may be given, and changes nothing")
+    parser.add_argument("--algo", help="may be given: dppo with m, ncdpo without")
     line, flags = parser.parse_known_args(arguments)
+    algo = "ncdpo" if line.scored_steps is None else "dppo"
+    if line.algo not in (None, algo):
+        parser.error(f"this is a run of --algo {algo}: leave out --algo")
 
     class Chosen(ScoredSteps):
         def __init__(self, *dims, **chain):
             super().__init__(*dims, scored_steps=line.scored_steps, chain_gradient=line.chain_gradient, **chain)
 
-    ncdpo.DPPO = Chosen
-    return ncdpo.main(["--algo", "dppo", *flags])
+    if algo == "dppo":
+        ncdpo.DPPO = Chosen
+    elif not line.chain_gradient:
+        ncdpo.NCDPO = CutChain
+    return ncdpo.main(["--algo", algo, *flags])
 
 
 if __name__ == "__main__":

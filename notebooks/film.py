@@ -73,7 +73,7 @@ def play(run, max_steps=10_000):
     many as there are ways to play, all of which draw from the same noise.
     """
     config, agent, state = ncdpo.load_agent(run, CPU)
-    rows, row = 3 if agent.policy.K else 2, 1
+    rows, row = 3, 1
     with drawing(config.env), closing(ncdpo.VectorEnv(config.env, rows, CPU, chunk=config.action_chunk)) as env:
         ncdpo.require_spaces(env, state)
         film = Film(env.envs, config.env, row)
