@@ -40,7 +40,7 @@ ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
 LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter",  # of tables and figures
          "dppo-1e-3": "DPPO, rate 1e-3", "dppo-official": "DPPO, its authors' settings",
          "ncdpo-sample": 'NCDPO, "sample"', "dppo-sample": 'DPPO, "sample"', "dppo-matched": "DPPO, matched noise",
-         "ppo-e01": "MLP+PPO, bonus 0.01", "dppo-e01": "DPPO, bonus 0.01"}
+         "ncdpo-cut": "NCDPO, cut", "ppo-e01": "MLP+PPO, bonus 0.01", "dppo-e01": "DPPO, bonus 0.01"}
 FIRST = {"ncdpo": ("#c1272d", "-"), "ppo": ("#0000a7", "--"), "dppo": ("#777777", ":")}
 FURTHER = {"ncdpo": ("#e28413", "-."), "ppo": ("#008176", "--"), "dppo": ("#008176", (0, (1, 1)))}
 STYLES = {line: dict(zip(("color", "linestyle"), FIRST.get(line, FURTHER[line.split("-")[0]]))) for line in LINES}
@@ -303,7 +303,8 @@ def compare(folders, against, chosen, pool):
     if pool:
         cases = {"pooled": {f"{case}, {env}": pair for case in cases for env, pair in cases[case].items()}}
     if not any(cases.values()):
-        raise SystemExit("curves: there are no such lines in such folders inside curves/, or only one of a task, or no seed of both")
+        raise SystemExit("curves: there are no such lines in such folders inside curves/, or only one of a task, or "
+                         "two without a common seed")
     print(table(curves), ratio_table(cases, paired), sep="\n\n")
     if not (against or chosen or folders[1:]) and lines.keys() & LINES.keys():
         title = "Fine-tuning" if folders[0].startswith(("finetune", "field", "manipulation")) else "From scratch"
