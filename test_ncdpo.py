@@ -3223,8 +3223,8 @@ def test_scored_steps_train_and_evaluates_with_the_steps_that_its_flags_name(e16
 
 def test_without_scored_steps_ncdpo_itself_trains_with_or_without_its_chain_gradient(e16, tmp_path, monkeypatch):
     monkeypatch.setattr(ncdpo, "NCDPO", ncdpo.NCDPO)  # put back after the test
-    made = []
-    monkeypatch.setattr(ncdpo, "make_policy", lambda *given, make=ncdpo.make_policy: made.append(make(*given)) or made[-1])
+    make, made = ncdpo.make_policy, []
+    monkeypatch.setattr(ncdpo, "make_policy", lambda *given: made.append(make(*given)) or made[-1])
     for way in ([], ["--no-chain-gradient", "--algo", "ncdpo"]):
         assert e16.main([*way, *arguments("TinyBox-v0", tmp_path)]) == 0
         assert (type(made[-1]) is e16.CutChain) == bool(way)
@@ -3245,6 +3245,26 @@ def test_chain_gradient_measures_the_gradient_at_each_denoising_step(float64, he
     policy.schedule.clip = mean.abs().median().item()
     share = (policy.mean(obs, omega).abs() == policy.schedule.clip).double().mean().item()
     assert health.chain_gradient(policy, obs, action, omega, advantage)[1] == pytest.approx(share) and 0 < share < 1
+
+
+@pytest.mark.parametrize("env, chunk", [("HalfCheetah-v4", 1), ("HalfCheetah-v5", 4)])
+def test_a_cheetah_on_its_back_is_counted_as_tipped_over(health, tmp_path, monkeypatch, env, chunk):
+    run = untrained(tmp_path, env=env, action_chunk=chunk)
+    step, played, angles = VectorEnv.step, [], torch.tensor([0.0, 1.0, -1.1, math.pi, 2 * math.pi])
+
+    def turned(self, action):
+        obs, reward, terminated, truncated, final_obs = step(self, action)
+        final_obs[:, 1] = angles if len(played) % 2 else 0  # every other step
+        played.append(reward)
+        return obs, reward, terminated, truncated | (len(played) == 10), final_obs
+
+    monkeypatch.setattr(VectorEnv, "step", turned)
+    total, over = health.tipped(run, episodes=5)
+    np.testing.assert_allclose(total, sum(played).sum(1), rtol=1e-5)
+    assert over.tolist() == [0, 0, 0.5, 0.5, 0] and len(played) == 10
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="only HalfCheetah"):
+        health.tipped(untrained(tmp_path / "tiny", env="TinyBox-v0"))
 
 
 # --- notebooks/curves.py ---------------------------------------------------------------------------------------------

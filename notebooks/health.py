@@ -1,11 +1,21 @@
-"""Instruments of notebook 3: how far the gradient reaches into the chain (E13), and peak memory."""
+"""Instruments: how far the gradient reaches into the chain (E13), peak memory, and whether a cheetah has tipped over.
 
+    python notebooks/health.py runs/HalfCheetah-v4__dppo__202    # why did its return fall?
+"""
+
+import contextlib
+import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ncdpo  # noqa: E402
 
 
 def chain_gradient(policy, obs, action, omega, advantage):
@@ -45,3 +55,34 @@ class PeakMemory(TorchDispatchMode):
     def died(self, name, size):
         self.alive.discard(name)
         self.now -= size
+
+
+@torch.no_grad()
+def tipped(run, episodes=32):
+    """Returns (episodes,) of a HalfCheetah run as it explores, and the share of steps with the torso past 60 degrees.
+
+    On its back or on its head the cheetah earns nothing and cannot rise, and its episode goes on to the limit.
+    """
+    config, agent, _ = ncdpo.load_agent(run, torch.device("cpu"))
+    if not config.env.startswith("HalfCheetah"):
+        raise ncdpo.UserError(f"{run} is a run of {config.env}, but only HalfCheetah can lie on its back")
+    env = ncdpo.VectorEnv(config.env, episodes, torch.device("cpu"), chunk=config.action_chunk)
+    total, steps, over = torch.zeros(3, episodes)
+    with contextlib.closing(env):
+        torch.manual_seed(config.seed)
+        obs, ended = env.reset(1_000_003 + config.seed), torch.zeros(episodes, dtype=torch.bool)
+        while not ended.all():  # all end together
+            action = agent.act(obs, *agent.policy.draw_noise(episodes))[0]
+            obs, reward, terminated, truncated, final_obs = env.step(action)
+            total, steps, ended = total + reward.nansum(1), steps + 1, terminated | truncated
+            over += torch.cos(final_obs[:, 1]) < 0.5
+    return total.numpy(), (over / steps).numpy()
+
+
+if __name__ == "__main__":
+    for run in sys.argv[1:]:
+        total, over = tipped(run)
+        lying = over > 0.5
+        means = [f"{name} {total[which].mean():.0f}" for name, which in (("tipped over", lying), ("upright", ~lying))
+                 if which.any()]
+        print(f"{run}: {lying.sum()} of {len(lying)} episodes are spent tipped over; mean return {', '.join(means)}")
