@@ -1238,6 +1238,14 @@ def test_a_suite_that_fails_under_a_new_mujoco_is_told_to_want_an_old_one(own, m
         VectorEnv(own(f"{suite}:Env"), 1, CPU)
 
 
+def test_every_copy_of_a_task_that_is_made_is_closed(monkeypatch):
+    made, closed = [], []
+    monkeypatch.setattr(Tiny, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(ncdpo, "make_env", lambda *given, make=make_env: made.append(make(*given)) or made[-1])
+    VectorEnv("Tiny-v0", 3, CPU).close()
+    assert closed == [task.unwrapped for task in made] and len(made) == 3
+
+
 # --- MuJoCo in batches, against Gymnasium -- --------------------------------------------------------------------------
 
 batched = pytest.mark.skipif(not importlib.util.find_spec("mujoco.batch"), reason="a MuJoCo before 3.17 has no batches")
@@ -3281,8 +3289,6 @@ def test_picture_of_runs_shows_the_updates_with_episodes_and_few_of_them_as_poin
             assert line.get_xdata().tolist() == (factor * steps).tolist() and line.get_label() == name
             assert line.get_ydata().tolist() == (-steps).tolist() and (line.get_marker() == ".") == (n == 4)
 
-
-# --- notebooks/curves.py ---------------------------------------------------------------------------------------------
 
 PROGRAM = """
 import sys
