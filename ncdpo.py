@@ -146,7 +146,7 @@ class Denoiser(nn.Module):
         self.register_buffer("embedding", torch.cat([angle.sin(), angle.cos()], -1), persistent=False)
 
     def forward(self, x, k, obs):
-        """Network output (..., A) at x_k (..., A) and s (..., S); k an int, or a LongTensor that broadcasts to x's leading axes."""
+        """Network output (..., A) at x_k (..., A) and s (..., S); k an int, or a LongTensor like x's leading axes."""
         seen = obs[..., :self.obs_dim]  # the critic may see more (make_envs)
         return self.net(torch.cat([x, seen, self.embedding[k].expand(*x.shape[:-1], -1)], -1))
 
@@ -288,7 +288,7 @@ class NCDPO(nn.Module):
         return self.act(obs, omega, torch.zeros_like(noise) if deterministic else noise)
 
     def bc_loss(self, obs, action):
-        """Behaviour cloning (E2): mean squared error of the network's prediction, each sample at a random step of training."""
+        """Behaviour cloning (E2): mean squared error of the network's prediction, each at a random step of training."""
         k = torch.randint(1, self.schedule.steps + 1, (len(obs),), device=obs.device)
         eps = torch.randn_like(action)
         target = {"sample": action, "epsilon": eps,
@@ -483,7 +483,7 @@ def discounted_sums(reward, ended, carry, gamma):
     sums = torch.empty_like(reward)
     for t in range(len(reward)):
         sums[t] = carry * gamma + reward[t]
-        carry = sums[t] * ~ended[t]
+        carry = sums[t].masked_fill(ended[t], 0)  # also where it is NaN
     return sums, carry
 
 
@@ -525,8 +525,8 @@ class VectorEnv:
         return self.envs.reset(seeds.tolist() * repeat).to(self.device)
 
     def step(self, action):
-        """Action (N, H * A) in [-1, 1], or indices (N,); gives obs (N, S), reward (N, H), terminated and truncated (N,),
-        which are bools, and final_obs (N, S).
+        """Action (N, H * A) in [-1, 1], or indices (N,); gives obs (N, S), reward (N, H), the bools terminated and
+        truncated (N,), and final_obs (N, S).
         """
         action = to_task(action.to(self.envs.device), **self.bounds)
         obs, reward, *rest = (x.to(self.device) for x in self.envs.step(action))
@@ -925,19 +925,22 @@ def run_updates(trainer, run):
                 saved, checkpoint_at = done, now
     finally:
         if saved < trainer.updates:
-            how = f"python ncdpo.py --resume {run}"
-            print(f"ncdpo: stopped; go on after update {saved} by {how}", file=sys.stderr)
+            print(f"ncdpo: stopped; go on after update {saved} by --resume {run}", file=sys.stderr)
 
 
 def new_run_folder(config):
     """runs/<env up to ?>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
     name = re.sub("[/:]", "_", config.env.split("?")[0]) + f"__{config.algo}__{config.seed}"
     run = Path(config.runs, name)
-    for n in itertools.count(2):
-        with contextlib.suppress(FileExistsError):
-            run.mkdir(parents=True)
-            return run
-        run = Path(config.runs, f"{name}-{n}")
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        for n in itertools.count(2):
+            with contextlib.suppress(FileExistsError):
+                run.mkdir()
+                return run
+            run = Path(config.runs, f"{name}-{n}")
+    except OSError as error:
+        raise UserError(f"cannot make a folder for the run ({error}): check --runs") from error
 
 
 @contextlib.contextmanager
@@ -1075,7 +1078,7 @@ def evaluate(run, episodes=10, max_steps=100_000, **changed):
     require_spaces(env, state)
     N, seed = env.num_envs, 1_000_003 + config.seed  # apart from training's
     way = torch.arange(N) * 3 // N  # of each environment
-    alive, sums = torch.ones(N, 1), torch.zeros(N, 3)
+    alive, sums = torch.ones(N, 1, dtype=torch.bool), torch.zeros(N, 3)
     with contextlib.closing(env):
         torch.default_generator.manual_seed(seed)
         obs = env.reset(seed, repeat=3)
@@ -1085,8 +1088,8 @@ def evaluate(run, episodes=10, max_steps=100_000, **changed):
             noise[way > 0] = 0
             obs, reward, terminated, truncated, _ = env.step(agent.act(obs, omega, noise)[0])
             parts = reward.nansum(1), reward.isfinite().sum(1), env.envs.success
-            sums += alive * torch.stack(parts, 1)
-            alive[terminated | truncated] = 0
+            sums += torch.stack(parts, 1).where(alive, 0)
+            alive[terminated | truncated] = False
     columns = [dict(zip(("return", "length", "success"), part.T.numpy())) for part in sums.chunk(3)]
     return dict(zip(("exploring", "mean action", "zero noise"), columns))
 
@@ -1098,7 +1101,7 @@ def describe(result):
         cells = [f"{what} {x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
                  for what, x in values.items() if what != "success"]
         if np.isfinite(values["success"]).all():  # NaN: the task tells none
-            cells.append(f"success {values['success'].mean():.0%}")
+            cells.append(f"success {values['success'].mean():.1%}")
         lines.append(f"{way:>13}: {', '.join(cells)}")
     return "\n".join(lines)
 

@@ -669,6 +669,8 @@ def test_episodes_are_counted_across_rollouts():
     assert finished([[0, 0], [1, 0], [0, 0]], [[0.0, 0], [1, 0], [0, 0]]) == [[3, 2, 1]]
     episodes = finished([[0, 1], [1, 1], [1, 0]], [[0.0, 1], [0, 0], [1, 0]])
     assert episodes == [[72, 8, 1], [6, 3, 0], [20.5, 2, 0], [3, 1, 1]]
+    finished([[0, 0], [0, 0], [1, 1]], [[0.0, 0], [0, 0], [math.nan, 0]])  # a task may tell it now and then
+    assert finished([[0, 0], [0, 0], [1, 1]], [[0.0, 0], [0, 0], [1, 1]])[0][2] == 1
 
 
 @pytest.mark.parametrize("algo, env, H, g", [
@@ -1640,6 +1642,14 @@ def test_a_run_is_never_overwritten_and_its_name_is_that_of_a_folder(tmp_path, r
     assert all((tmp_path / name / "mine").read_text() == name for name in names) and contents(run) == before
     game = config(env="notebooks.games:football?n_blue_agents=3", runs=tmp_path, algo="ppo")
     assert ncdpo.new_run_folder(game).name == "notebooks.games_football__ppo__1"
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link that leads nowhere"])
+def test_runs_that_cannot_hold_a_run_are_refused_in_a_sentence(tmp_path, kind):
+    runs = tmp_path / "runs"
+    runs.touch() if kind == "a file" else runs.symlink_to(tmp_path / "nowhere" / "else")
+    with pytest.raises(UserError, match="check --runs"):
+        ncdpo.new_run_folder(config(runs=runs))
 
 
 def test_config_json_has_the_fields_and_the_versions(run):
@@ -3294,8 +3304,11 @@ PROGRAM = """
 import sys
 from pathlib import Path
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-if "--resume" in flags:
+if "--evaluate" in flags:
+    pass
+elif "--resume" in flags:
     assert flags["--rate"] == "run-2"
+    sys.exit("ncdpo: it is finished after 400 steps; raise --total-timesteps.")
 else:
     run = Path(flags["--runs"], f"a_b__dppo__{flags['--seed']}")
     run.mkdir()
@@ -3323,7 +3336,7 @@ def test_runs_of_another_program_are_resumed_but_not_repeated_and_become_files(t
     before = (runs / "a_b__dppo__1.log").stat().st_mtime_ns
     curves.main()
     assert (runs / "a_b__dppo__1.log").stat().st_mtime_ns == before
-    assert "--resume" in (runs / "a_b__dppo__2.log").read_text() or "7.5" in (runs / "a_b__dppo__2.log").read_text()
+    assert "7.5" in (runs / "a_b__dppo__2.log").read_text()  # of a run whose evaluation alone was missing
     curve = curves.read(folder / "a_b__dppo.csv")
     assert list(curve) == curves.COLUMNS and curve["seed"][:, 0].tolist() == [1, 2]
     assert "chain_clipped" not in curves.COLUMNS
@@ -3359,6 +3372,11 @@ def test_runs_of_folders_whose_seeds_have_starts_of_their_own_are_compared_in_pa
     write_line(tmp_path / "curves" / curves.OWN_STARTS[0], "Task-v0__dppo", [1, 10, 100], seeds=(4, 5, 6))
     text = printed(curves, monkeypatch, capsys, f"curves.py --folder {curves.OWN_STARTS[0]}")
     assert "2.00 [2.00, 2.00]" in text and "/ DPPO" not in text
+    # pairs are found by their seeds, in whatever order, and lines by their names, in the other folder too
+    write_line(tmp_path / "curves" / curves.OWN_STARTS[0], "Task-v0__mine", [2, 20, 200])
+    write_line(tmp_path / "curves" / "other", "Task-v0__mine", [100, 10, 1], seeds=(3, 2, 1))
+    line = f"curves.py --folder {curves.OWN_STARTS[0]} --against other --ratios mine/mine"
+    assert "2.00 [2.00, 2.00]" in printed(curves, monkeypatch, capsys, line)
 
 
 def write_line(folder, name, values, seeds=(1, 2, 3)):
@@ -3993,7 +4011,7 @@ def test_a_dead_process_or_ctrl_c_ends_all_and_any_number_resumes_the_run(pair, 
     code, _, complaints = ended(process)
     done = checkpoint_of(run)["update"]
     assert code and len(complaints) <= 2  # torchrun may be faster
-    assert not complaints or f"after update {done} by python ncdpo.py --resume {run}" in complaints[0]
+    assert not complaints or f"after update {done} by --resume {run}" in complaints[0]
 
     before = checkpoint_of(run)["agent"]["critic.0.weight"]
     assert main(["--resume", str(run), "--total-timesteps", str(192 * (done + 1))]) == 0
@@ -4153,8 +4171,25 @@ def test_runs_over_goals_become_a_table_and_a_figure(tmp_path, monkeypatch, caps
     assert (tmp_path / "modes.png").stat().st_size > 10_000
     run = tmp_path / "runs" / "dense" / "ncdpo" / "notebooks.modes_goals__ncdpo__1"
     assert np.isfinite(ncdpo.evaluate(run, 4)["exploring"]["success"]).all()
-    assert modes.main("run x --lines ncdpo --seeds 1 --jobs 1 -- --total-timesteps 9".split()) == 2
-    assert capsys.readouterr().err.startswith("modes: --total-timesteps 9 has no room")
+    for line, complaint in {
+            "x --lines ncdpo --seeds 1 --jobs 1 -- --total-timesteps 9": "--total-timesteps 9 has no room",
+            "dense --lines ncdpo --seeds 1": "there is ",  # the figure would show what was there before
+            "y --critic-sees-chain --lines ncdpo dppo": "--critic-sees-chain is for",  # whose latent is no omega
+            "y --critic-sees-chain --lines ncdpo --moving": "--critic-sees-chain is for",
+            "y -- --sampling-steps 30": "--sampling-steps must not be more"}.items():
+        assert modes.main(["run", *line.split()]) == 2
+        assert capsys.readouterr().err.startswith(f"modes: {complaint}")
+
+
+def test_a_sweep_over_goals_takes_fields_of_every_kind_and_flags_that_suit_the_settings(monkeypatch):
+    taken = []
+    monkeypatch.setattr(modes, "in_parallel", lambda options, rows_of, columns: taken.append(rows_of.keywords))
+    for sweep, expected in (("activation silu tanh", ["silu", "tanh"]), ("clip_coef 0.01 1000", [0.01, 1000.0]),
+                            ("sampling_steps 2 10", [2, 10])):
+        modes.main(f"run x --lines ncdpo --sweep {sweep} -- --sampling-steps 10 --critic-warmup 8".split())
+        field = sweep.split()[0]
+        assert [fields[field] for fields in taken[-1]["settings"].values()] == expected
+        assert taken[-1]["changed"] == {"sampling_steps": 10, "critic_warmup": 8}
 
 
 # --- notebooks/manipulation.py ----------------------------------------------------------------------------------------

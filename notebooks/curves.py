@@ -44,6 +44,7 @@ LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, qui
 FIRST = {"ncdpo": ("#c1272d", "-"), "ppo": ("#0000a7", "--"), "dppo": ("#777777", ":")}
 FURTHER = {"ncdpo": ("#e28413", "-."), "ppo": ("#008176", "--"), "dppo": ("#008176", (0, (1, 1)))}
 STYLES = {line: dict(zip(("color", "linestyle"), FIRST.get(line, FURTHER[line.split("-")[0]]))) for line in LINES}
+STYLES["dppo-official"] = dict(color="#a3228c", linestyle=(0, (5, 1)))
 OWN_STARTS = "finetune-frozen", "finetune-moving", "games-33", "manipulation"  # each seed has its own start
 WAYS = ["exploring", "mean action", "zero noise"]
 
@@ -70,10 +71,10 @@ def thin(history, bins=100):
 def evaluation(log):
     """What a run printed at its end: {"mean action": its return, "mean action success": a share, ...}."""
     found = {}
-    for way, mean, success in re.findall(rf"^ *({'|'.join(WAYS)}): return (\S+)(?:.* success (\d+)%)?", log, re.M):
+    for way, mean, success in re.findall(rf"^ *({'|'.join(WAYS)}): return (\S+)(?:.* success ([\d.]+)%)?", log, re.M):
         found[way] = float(mean)
         if success:
-            found[f"{way} success"] = int(success) / 100
+            found[f"{way} success"] = round(float(success) / 100, 4)
     return found
 
 
@@ -87,6 +88,11 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
     name = name or f"{task_name}__{algo}"
     runs, script = HERE.parent / "runs" / name, HERE / program if program else HERE.parent / "ncdpo.py"
 
+    def call(task, log):
+        with open(log, "w") as file:
+            return subprocess.run([sys.executable, str(script), *task], stdout=file, stderr=file,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+
     def one(seed):
         run, log = runs / f"{task_name}__{algo}__{seed}", runs / f"{task_name}__{algo}__{seed}.log"
         if not (log.exists() and "mean action" in evaluation(log.read_text())):  # what only a finished run prints
@@ -96,9 +102,10 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
                     raise SystemExit(f"{run} is unfinished and has no checkpoint to resume from: remove it.")
                 task = ["--resume", str(run)]
             task += [flag.replace("{seed}", str(seed)) for flag in flags]
-            with open(log, "w") as file:
-                subprocess.run([sys.executable, str(script), *task], check=True, stdout=file, stderr=file,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+            done = call(task, log)
+            if done.returncode and "is finished after" in log.read_text():  # only its evaluation is missing
+                done = call(["--evaluate", *task[1:]], log)
+            done.check_returncode()
         print(run, flush=True)
         return [{"seed": seed, **row} for row in thin(ncdpo.read_metrics(run))], evaluation(log.read_text())
 
@@ -281,8 +288,9 @@ def compare(folders, against, chosen, pool):
     NCDPO (with the same ending) / any other.
     """
     paths, pairs = [HERE / "curves" / folder for folder in folders], [pair.split("/") for pair in chosen]
-    curves = load(*paths, only=list(dict.fromkeys(line for pair in pairs for line in pair)))
-    others = load(HERE / "curves" / against) if against else curves
+    only = list(dict.fromkeys(line for pair in pairs for line in pair))
+    curves = load(*paths, only=only)
+    others = load(HERE / "curves" / against, only=only) if against else curves
     lines, paired = dict.fromkeys(line for by_line in curves.values() for line in by_line), folders[0] in OWN_STARTS
     for theirs in lines:
         ours = re.sub("^(dppo|ppo)", "ncdpo", theirs)

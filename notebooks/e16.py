@@ -5,8 +5,9 @@
     python notebooks/e16.py --scored-steps 2 --evaluate RUN                           # or --resume RUN
     python notebooks/e16.py --no-chain-gradient --env HalfCheetah-v4                  # NCDPO itself, cut
 
-m = 1 is NCDPO with a sigma that stays at --min-std, all steps are DPPO. The run is one of --algo dppo, and does not
-know its m: give it again where the run is evaluated or resumed. Without m it is NCDPO, sigma learnt.
+m = 1 is NCDPO with a sigma that stays at --min-std, all steps are DPPO. The run is one of --algo dppo, and knows
+neither its m nor --no-chain-gradient: give both again where it is evaluated or resumed. Without m it is NCDPO itself,
+and sigma is learnt.
 """
 
 import argparse
@@ -68,8 +69,10 @@ class CutChain(ncdpo.NCDPO):
     """NCDPO whose gradient ends in the last step of the chain; E13 sends it through all of them."""
 
     def mean(self, obs, omega):
+        x = omega[:, 0]
         with torch.no_grad():
-            *_, x, _ = self.chain(obs, omega)
+            for k in range(self.K, 1, -1):
+                x = self.mu(x, k, obs) + self.schedule.sigma[k] * omega[:, self.K + 1 - k]
         return self.mu(x, 1, obs)
 
 

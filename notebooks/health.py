@@ -59,7 +59,7 @@ class PeakMemory(TorchDispatchMode):
 
 @torch.no_grad()
 def tipped(run, episodes=32):
-    """Returns (episodes,) of a HalfCheetah run as it explores, and the share of steps with the torso past 60 degrees.
+    """Returns (episodes,) of a HalfCheetah run as it explores; share of decisions that leave its torso past 60 degrees.
 
     On its back or on its head the cheetah earns nothing and cannot rise, and its episode goes on to the limit.
     """
@@ -81,7 +81,10 @@ def tipped(run, episodes=32):
 
 if __name__ == "__main__":
     for run in sys.argv[1:]:
-        total, over = tipped(run)
+        try:
+            total, over = tipped(run)
+        except ncdpo.UserError as error:
+            sys.exit(f"health: {error}.")
         lying = over > 0.5
         means = [f"{name} {total[which].mean():.0f}" for name, which in (("tipped over", lying), ("upright", ~lying))
                  if which.any()]

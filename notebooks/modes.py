@@ -1,7 +1,7 @@
 """Several equally good goals: which of them does a cloned policy still reach after fine-tuning?
 
     python notebooks/modes.py run dense                  # clone and fine-tune 20 seeds -> curves/modes/dense.csv
-    python notebooks/modes.py run sparse --reward sparse --seeds 1 2 3 --critic-sees-chain -- --noise-scale 0.3
+    python notebooks/modes.py run sparse --reward sparse --lines ncdpo --critic-sees-chain -- --noise-scale 0.3
     python notebooks/modes.py run clip --sweep clip_coef 0.01 0.05 1000
     python notebooks/modes.py table dense sparse         # means over seeds, and differences from the first line
     python notebooks/modes.py mechanism mechanism        # gradients and first updates -> curves/modes/mechanism.csv
@@ -16,6 +16,7 @@ import contextlib
 import csv
 import io
 import math
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -201,6 +202,7 @@ def clone(algo, seed):
     folder = RUNS / "clones"
     run = folder / f"notebooks.modes_goals__{algo}__{seed}"
     if not (run / "checkpoint.pt").exists():
+        shutil.rmtree(run, ignore_errors=True)  # one that was stopped
         folder.mkdir(parents=True, exist_ok=True)
         source = folder / f"demos-{algo}-{seed}.npz"
         demonstrate(source, seed)
@@ -288,11 +290,19 @@ def of_seed(seed, name, lines, env, trainer, evaluations, settings, changed):
 
 def run(options, flags):
     """Fine-tune all lines and seeds, and write the CSV file: a row is an evaluation of a run."""
-    changed = ncdpo.parse([flag for flag in flags if flag != "--"])[3]
+    if options.critic_sees_chain and (options.moving or any(LINES[line]["algo"] == "dppo" for line in options.lines)):
+        raise ncdpo.UserError("--critic-sees-chain is for --lines ncdpo (or ppo), and not with --moving")
+    changed = ncdpo.parse([flag for flag in flags if flag != "--"], SETTINGS)[3]
+    before = [run for line in options.lines for seed in options.seeds
+              for run in (RUNS / options.name / line).glob(f"*__{seed}")]
+    if before and not options.sweep:
+        raise ncdpo.UserError(f"there is {before[0]} from before, which the figure would show: remove it, or give the "
+                              "runs another name")
     settings = {"": {}}
     if options.sweep:
         field, *values = options.sweep
-        settings = {f"{field}={value}": {field: float(value)} for value in values}
+        flag = "--" + field.replace("_", "-")
+        settings = {f"{field}={value}": ncdpo.parse([flag, value], SETTINGS)[3] for value in values}
     trainer = moving.Moving if options.moving else ncdpo.Trainer
     if options.critic_sees_chain:
         trainer = SeesChain

@@ -96,24 +96,25 @@ def ratio_table(cases, paired=False):
 
 
 def markdown(rows):
-    """Rows {column: text} as a table, with the columns in the order of the row that has most."""
-    names = list(max(rows, key=len))
+    """Rows {column: text} as a table, with the columns of all, those of the row that has most first."""
+    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     lines = [f"| {' | '.join(map(str, names))} |", "|---" * len(names) + "|"]
     lines += [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
     return "\n".join(lines)
 
 
 def in_pairs(ours, theirs):
-    """The values of the seeds that both have."""
-    shared = np.intersect1d(ours["seed"], theirs["seed"])
-    return [{name: x[np.isin(values["seed"], shared)] for name, x in values.items()} for values in (ours, theirs)]
+    """The values of the seeds that both have, in one order."""
+    _, *rows = np.intersect1d(ours["seed"], theirs["seed"], return_indices=True)
+    return [{name: x[which] for name, x in values.items()} for values, which in zip((ours, theirs), rows)]
 
 
 def cell(point, low, high, seeds):
-    """A ratio as text, with a third digit where two would hide on which side of 1 or 0.9 it is."""
+    """A ratio as text, with so many digits that one sees on which side of 1 or 0.9 it is."""
     if np.isnan(point):
         return ""
-    point, *ends = (f"{x:.3f}" if round(x, 2) in (0.9, 1) else f"{x:.2f}" for x in (point, low, high))
+    digits = [next((n for n in (2, 3, 4) if round(x, n) not in (0.9, 1)), 3) for x in (point, low, high)]
+    point, *ends = (f"{x:.{n}f}" for x, n in zip((point, low, high), digits))
     verdict = word(low, high, seeds)
     return f"{point} [{', '.join(ends)}]" + (f" **{verdict}**" if verdict else "")
 
