@@ -4308,7 +4308,7 @@ def test_half_of_the_demonstrations_succeed_and_their_clone_is_improved(manipula
     assert [row["noise"] for row in rows] == ["both", "chain", "final"]
     assert all(row["success"] + row["left"] + row["moved"] == pytest.approx(1) for row in rows)
     assert main(["--init-from", str(run), "--total-timesteps", "448", *small[2:], "--algo", "dppo"]) == 0
-    assert capsys.readouterr().out.count("success 0%") == 6
+    assert capsys.readouterr().out.count("success 0.0%") == 6
 
 
 def test_a_task_whose_demonstrator_never_succeeds_in_time_is_refused(manipulation, monkeypatch, capsys, tmp_path):
