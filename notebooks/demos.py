@@ -45,8 +45,11 @@ class UntilReturn(ncdpo.Trainer):
 
 
 @torch.no_grad()
-def record(run, steps, deterministic):
-    """Play a saved run for about `steps` steps in all, a chunk action by action: DEMO_KEYS of shape (N, T, ...)."""
+def record(run, steps, deterministic, part=0):
+    """Play a saved run for about `steps` steps in all, a chunk action by action: DEMO_KEYS of shape (N, T, ...).
+
+    The parts of one file have start states and noise of their own, also where their runs have the same seed.
+    """
     if steps < 1:
         raise UserError("--steps must be 1 or more for each run")
     config, agent, _ = ncdpo.load_agent(run, CPU)
@@ -54,9 +57,9 @@ def record(run, steps, deterministic):
     env, seed = ncdpo.VectorEnv(config.env, copies, CPU), 2_000_003 + config.seed  # apart from training, evaluation
     N, H = env.num_envs, config.action_chunk  # an agent of a game counts as an environment
     kinds = [env.envs.observation_space.dtype, env.envs.action_space.dtype, float, bool, bool]
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + 10**10 * part)
     with closing(env):
-        obs, rows, used = env.reset(seed), [], torch.full((N,), H)
+        obs, rows, used = env.reset(seed, part), [], torch.full((N,), H)
         plan = torch.zeros(N, H, dtype=torch.int64) if env.discrete else torch.zeros(N, H, env.act_dim)
         for _ in range(math.ceil(steps / N)):
             if (due := used == H).any():
@@ -146,9 +149,9 @@ def collect(line):
     if line.out.exists() or not line.out.parent.is_dir():
         raise UserError(f"{line.out} exists, or its folder does not; choose another name")
     parts = []
-    for source in line.source:
+    for part, source in enumerate(line.source):
         if line.command == "record":
-            demos = record(source, line.steps // len(line.source), line.deterministic)
+            demos = record(source, line.steps // len(line.source), line.deterministic, part)
         else:
             _, minari, name = source.rpartition("minari:")
             try:
