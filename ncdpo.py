@@ -79,6 +79,7 @@ class Schedule(nn.Module):
             abar.append(abar[-1] * (1 - beta))
 
         self.K = sampling_steps or steps
+        self.register_buffer("taus", torch.tensor([self.tau(k) for k in range(self.K + 1)]), persistent=False)
         sigma, to_clean, to_noisy = [0.0], [0.0], [0.0]
         for k in range(1, self.K + 1):
             now, before = abar[self.tau(k)], abar[self.tau(k - 1)]
@@ -94,8 +95,7 @@ class Schedule(nn.Module):
 
     def tau(self, k):
         """Step of training that the k-th step of the chain is (E18)."""
-        tau = k * self.steps / self.K
-        return round(tau) if isinstance(k, int) else tau.round().long()
+        return round(k * self.steps / self.K) if isinstance(k, int) else self.taus[k]
 
     def diffuse(self, x0, k, eps):
         """Forward process (E1): x_k from clean x0 and standard normal eps, at training's step k."""
@@ -103,11 +103,9 @@ class Schedule(nn.Module):
 
     def clean(self, output, x, k):
         """Clean estimate x0hat (E3) from the network's output at x_k, clipped to [-clip, clip]."""
-        signal, noise = self.signal[self.tau(k)], self.noise[self.tau(k)]
-        if self.predict == "epsilon":
-            output = (x - noise * output) / signal
-        if self.predict == "v":
-            output = signal * x - noise * output
+        if self.predict != "sample":
+            signal, noise = self.signal[self.tau(k)], self.noise[self.tau(k)]
+            output = (x - noise * output) / signal if self.predict == "epsilon" else signal * x - noise * output
         return output.clamp(-self.clip, self.clip)
 
     def mu(self, x0hat, x, k):
@@ -388,8 +386,8 @@ class Trainer:
         self.config, self.done, self.seconds = config, 0, 0.0
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.device = torch.zeros(1, device=config.device.replace("auto", auto)).device
-        except (RuntimeError, AssertionError) as error:
+            self.device = torch.zeros(1, dtype=torch.double, device=config.device.replace("auto", auto)).device
+        except (RuntimeError, AssertionError, TypeError) as error:  # of MPS, which knows no float64
             raise UserError(f"--device {config.device} is not to be had: {error}") from error
         torch.manual_seed(config.seed)
         self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector, config.action_chunk)
@@ -530,7 +528,7 @@ class VectorEnv:
         """
         action = to_task(action.to(self.envs.device), **self.bounds)
         obs, reward, *rest = (x.to(self.device) for x in self.envs.step(action))
-        return obs, reward.float(), *rest
+        return obs, reward.to(torch.get_default_dtype()), *rest
 
 
 def to_task(action, low, high=None, whole=False):
@@ -629,7 +627,7 @@ class GymnasiumEnvs:
         final_obs = flat(obs)
         if not (terminated or truncated):
             return final_obs, rewards, False, False, final_obs, np.float32(0)
-        success = np.float32(info.get("is_success", info.get("success", np.nan)))
+        success = np.float32(np.asarray(info.get("is_success", info.get("success", np.nan))).item())
         return flat(task.reset()[0]), rewards, bool(terminated), bool(truncated), final_obs, success
 
     def close(self):
@@ -656,7 +654,10 @@ def batched_envs(env, num_envs, chunk, device, vector):
         if vector == "warp":
             raise UserError("--vector warp has HalfCheetah, Hopper and Walker2d alone: give --vector auto")
         return None
-    if vector == "warp" or device.type == "cuda" and importlib.util.find_spec("mujoco_warp"):
+    warp = importlib.util.find_spec("mujoco_warp")
+    if vector == "warp" and not warp:
+        raise UserError("--vector warp needs MuJoCo Warp: pip install mujoco-warp (Python 3.11 or newer)")
+    if vector == "warp" or device.type == "cuda" and warp:
         return MujocoEnvs(env, limit, chunk, WarpPool(env.model, num_envs, env.frame_skip, device))
     if importlib.util.find_spec("mujoco.batch"):  # it came with MuJoCo 3.17
         return MujocoEnvs(env, limit, chunk, ThreadPool(env.model, num_envs, env.frame_skip))
@@ -698,7 +699,7 @@ class WarpPool:
     kind = "warp"
 
     def __init__(self, model, num_envs, frame_skip, device):
-        import mujoco_warp  # pip install mujoco-warp, with Python 3.11 or newer
+        import mujoco_warp
         import warp
         warp.config.log_level = warp.LOG_WARNING
         contacts = 3 * model.ngeom  # a capsule lies on the floor at two points
@@ -844,7 +845,7 @@ class DPPO(NCDPO):
 
     def evaluate_actions(self, obs, action, latent):
         # (B, K, A): all steps at once, as no gradient flows from one to the other
-        mu = self.mu(latent, self.ks, obs[:, None].expand(-1, self.K, -1))
+        mu = self.mu(latent, self.ks.expand(len(obs), -1), obs[:, None].expand(-1, self.K, -1))
         steps = gaussian_log_prob(latent[:, 1:], mu[:, :-1], self.log_std[self.ks[:-1]])
         last = self.head.log_prob(mu[:, -1], action)
         return torch.cat([steps, last[:, None]], 1), self.head.entropy(mu[:, -1])
@@ -876,6 +877,7 @@ COLUMNS = """update step seconds episodes return length success approx_kl clip_f
     policy_loss value_loss entropy grad_norm sigma chain_std learning_rate""".split()
 CHECKPOINT_SECONDS = 10  # between two checkpoints
 MAY_CHANGE = {"total_timesteps", "episodes", "device", "vector"}  # by --resume
+OF_NETWORK = {"denoising_steps", "predict", "hidden", "activation", "action_chunk"}  # with which its weights go
 
 
 def train(config, resume=None):
@@ -1009,7 +1011,8 @@ def load_agent(run, where, /, **changed):
 
     Raises UserError; warns if MuJoCo was another then.
     """
-    config = dataclasses.replace(load_config(run), **changed)
+    config = dataclasses.replace(before := load_config(run), **changed)
+    require_same(before, config, OF_NETWORK)
     with reading(run):
         state = torch.load(Path(run, "checkpoint.pt"), map_location=where, weights_only=True)
         agent = Agent(config, *state["spaces"]).to(where)
@@ -1054,7 +1057,7 @@ def resume_from(trainer, run):
 def start_from(trainer, run):
     """Start from another run's policy, critic and normalisers; NCDPO and DPPO can start from one another's."""
     config, (before, agent, state) = trainer.config, load_agent(run, trainer.device)
-    require_same(before, config, ["denoising_steps", "predict", "hidden", "activation", "action_chunk"])
+    require_same(before, config, OF_NETWORK)
     require_spaces(trainer.env, state)
     if before.algo != config.algo and "ppo" in (before.algo, config.algo):
         raise UserError(f"{run} is of {before.algo}, whose network is not that of {config.algo}")
@@ -1090,6 +1093,7 @@ def evaluate(run, episodes=10, max_steps=100_000, **changed):
             parts = reward.nansum(1), reward.isfinite().sum(1), env.envs.success
             sums += torch.stack(parts, 1).where(alive, 0)
             alive[terminated | truncated] = False
+    sums[alive[:, 0], 2] = torch.nan  # cut off
     columns = [dict(zip(("return", "length", "success"), part.T.numpy())) for part in sums.chunk(3)]
     return dict(zip(("exploring", "mean action", "zero noise"), columns))
 
@@ -1172,7 +1176,7 @@ class Config:
                 good = isinstance(value, numbers.Real) and low <= value <= high and kinds[0](value) == value
                 wanted = f"a{' whole' if kinds[0] is int else ''} number from {low:g} to {high:g}"
             else:
-                good, wanted = isinstance(value, (kinds[0], os.PathLike)) and value != "", "given and not empty"
+                good, wanted = isinstance(value, (kinds[0], os.PathLike)) and value != "", f"a {kinds[0].__name__}"
             if good:
                 setattr(self, field.name, value if isinstance(value, str) else kinds[0](value))
             elif value is not None or type(None) not in kinds:

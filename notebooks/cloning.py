@@ -12,6 +12,8 @@ flags, which stay in the clone's config.json and hold for the run that starts fr
 import argparse
 import contextlib
 import math
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,6 +34,11 @@ PRESET = dict(  # whatever the task; the last line is ours, as the target "sampl
     sampling_steps=5, noise_scale=0.3, init_std=0.1, min_std=0.05, mean_log_prob=True, clip_coef=0.05)
 
 
+def task_name(env_id):
+    """A task without its version and arguments: those that differ in these alone may use one another's data."""
+    return re.sub(r"(-v\d+)?(\?.*)?$", "", env_id)
+
+
 def load(source, env):
     """Chunks that stay inside an episode: observations (n, S), actions (n, H * A) in [-1, 1], episode numbers (n,).
 
@@ -46,7 +53,7 @@ def load(source, env):
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"cannot read demonstrations from {source} ({error}); notebooks/demos.py writes such a file: "
                         "it records a run, and converts D4RL and Minari") from error
-    if task != env.env_id:
+    if task_name(task) != task_name(env.env_id):
         raise UserError(f"{source} has demonstrations of {task}, not of {env.env_id}: give --env {task}")
     n, H, dims = demos["rewards"].size, env.chunk, 1 if env.discrete else env.act_dim // env.chunk
     for key, size in zip(DEMO_KEYS, (env.obs_dim, dims, 1, 1, 1)):
@@ -145,7 +152,11 @@ def make(source, config, steps=20_000, learning_rate=1e-3):
         with ncdpo.locked(run):
             ncdpo.save_config(config, run)
             print(f"cloning {source} with {config.algo} on {trainer.device}, in {run}", flush=True)
-            clone(trainer.agent, demos, config.seed, steps, learning_rate)
+            try:
+                clone(trainer.agent, demos, config.seed, steps, learning_rate)
+            except BaseException:  # nothing could go on from there, and the folder's name is wanted
+                shutil.rmtree(run)
+                raise
             ncdpo.write(run / "metrics.csv", (",".join(ncdpo.COLUMNS) + "\n").encode())
             ncdpo.save_checkpoint(trainer, run)
     return run

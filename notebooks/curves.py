@@ -40,12 +40,13 @@ ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
 LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter",  # of tables and figures
          "dppo-1e-3": "DPPO, rate 1e-3", "dppo-official": "DPPO, its authors' settings",
          "ncdpo-sample": 'NCDPO, "sample"', "dppo-sample": 'DPPO, "sample"', "dppo-matched": "DPPO, matched noise",
-         "ncdpo-cut": "NCDPO, cut", "ppo-e01": "MLP+PPO, bonus 0.01", "dppo-e01": "DPPO, bonus 0.01"}
+         "ncdpo-std0.05": "NCDPO, sigma 0.05", "ncdpo-cut": "NCDPO, cut",
+         "ppo-e01": "MLP+PPO, bonus 0.01", "dppo-e01": "DPPO, bonus 0.01"}
 FIRST = {"ncdpo": ("#c1272d", "-"), "ppo": ("#0000a7", "--"), "dppo": ("#777777", ":")}
 FURTHER = {"ncdpo": ("#e28413", "-."), "ppo": ("#008176", "--"), "dppo": ("#008176", (0, (1, 1)))}
 STYLES = {line: dict(zip(("color", "linestyle"), FIRST.get(line, FURTHER[line.split("-")[0]]))) for line in LINES}
 STYLES["dppo-official"] = dict(color="#a3228c", linestyle=(0, (5, 1)))
-OWN_STARTS = "finetune-frozen", "finetune-better", "finetune-moving", "games-33", "manipulation"  # a start for each seed
+OWN_STARTS = "finetune-frozen", "finetune-better", "finetune-moving", "games-33", "manipulation"  # one for each seed
 WAYS = ["exploring", "mean action", "zero noise"]
 
 
@@ -83,18 +84,26 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
 
     {seed} in a flag becomes the seed, so that every seed can start from its own clone. Called again after an
     interruption it resumes the runs that have a checkpoint. `program` is a file of this folder instead of ncdpo.py.
+    A CSV file with other seeds, or a run that was made with other flags, is not replaced.
     """
     task_name = re.sub("[/:]", "_", env.split("?")[0])  # as ncdpo.py names its runs
     name = name or f"{task_name}__{algo}"
     runs, script = HERE.parent / "runs" / name, HERE / program if program else HERE.parent / "ncdpo.py"
+    path, said = HERE / "curves" / f"{name}.csv", " ".join(["made with", script.name, *flags])
+    if lost := {row["seed"] for row in rows_of(path)} - set(map(str, seeds)):
+        raise SystemExit(f"curves: {path} has seeds that would be lost ({', '.join(sorted(lost, key=int))}): name "
+                         "them, too, or give another --name")
 
     def call(task, log):
         with open(log, "w") as file:
+            print(said, file=file, flush=True)
             return subprocess.run([sys.executable, str(script), *task], stdout=file, stderr=file,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def one(seed):
         run, log = runs / f"{task_name}__{algo}__{seed}", runs / f"{task_name}__{algo}__{seed}.log"
+        if log.exists() and (first := log.read_text().split("\n", 1)[0]).startswith("made with") and first != said:
+            raise SystemExit(f"curves: {run} was {first}: remove it, or give another --name")
         if not (log.exists() and "mean action" in evaluation(log.read_text())):  # what only a finished run prints
             task = ["--env", env, "--algo", algo, "--seed", str(seed), "--runs", str(runs)]
             if run.exists():
@@ -105,12 +114,12 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
             done = call(task, log)
             if done.returncode and "is finished after" in log.read_text():  # only its evaluation is missing
                 done = call(["--evaluate", *task[1:]], log)
-            done.check_returncode()
+            if done.returncode:
+                raise SystemExit(f"curves: {run} failed; {log} ends with\n{log.read_text().strip()[-500:]}")
         print(run, flush=True)
         return [{"seed": seed, **row} for row in thin(ncdpo.read_metrics(run))], evaluation(log.read_text())
 
     runs.mkdir(parents=True, exist_ok=True)
-    path = HERE / "curves" / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         curves, ends = zip(*pool.map(one, seeds))
@@ -274,7 +283,7 @@ def picture(runs):
         for run in runs:
             history = ncdpo.read_metrics(run)
             there = ~np.isnan(history["return"])
-            axes.plot(history[x][there], history["return"][there], ".-" if there.sum() < 30 else "-", label=run.name)
+            axes.plot(history[x][there], history["return"][there], ".-" if there.sum() < 30 else "-", label=str(run))
         axes.set(xlabel={"step": "environment steps", "seconds": "seconds"}[x], ylabel="return of training episodes")
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -287,6 +296,7 @@ def compare(folders, against, chosen, pool):
     Ratios: the `chosen` LINE/LINE, the second in `against` if that is given; or each line / itself in `against`; or
     NCDPO (with the same ending) / any other.
     """
+    folders = [os.path.normpath(folder) for folder in folders]
     paths, pairs = [HERE / "curves" / folder for folder in folders], [pair.split("/") for pair in chosen]
     only = list(dict.fromkeys(line for pair in pairs for line in pair))
     curves = load(*paths, only=only)
@@ -315,7 +325,8 @@ def compare(folders, against, chosen, pool):
                          "two without a common seed")
     print(table(curves), ratio_table(cases, paired), sep="\n\n")
     if not (against or chosen or folders[1:]) and lines.keys() & LINES.keys():
-        title = "Fine-tuning" if folders[0].startswith(("finetune", "field", "manipulation")) else "From scratch"
+        tuned = folders[0] in ("games-ft", "games-33") or folders[0].startswith(("finetune", "field", "manipulation"))
+        title = "Fine-tuning" if tuned else "From scratch"
         figure(curves, title=title).savefig(paths[0] / "curves.png", dpi=130)
 
 

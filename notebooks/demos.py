@@ -1,7 +1,7 @@
 """Demonstrations for notebooks/cloning.py: recorded from saved runs, or converted from public datasets.
 
     python notebooks/demos.py train 1000 --env Hopper-v4 --algo ppo               # a demonstrator of that mean return
-    python notebooks/demos.py record runs/Hopper-v4__ppo__1 demos.npz --steps 100000 --deterministic
+    python notebooks/demos.py record runs/Hopper-v4__ppo__1 demos.npz --steps 100000
     python notebooks/demos.py convert hopper_medium-v2.hdf5 demos.npz             # D4RL; needs h5py
     python notebooks/demos.py convert minari:mujoco/hopper/expert-v0 demos.npz    # needs minari[all]
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ncdpo  # noqa: E402
 from ncdpo import UserError  # noqa: E402
-from notebooks.cloning import DEMO_KEYS  # noqa: E402
+from notebooks.cloning import DEMO_KEYS, task_name  # noqa: E402
 
 D4RL_KEYS = "observations actions rewards terminals timeouts".split()
 CPU = torch.device("cpu")
@@ -41,6 +41,8 @@ class UntilReturn(ncdpo.Trainer):
         self.recent = [*self.recent, *[row.get("return")] * row["episodes"]][-20:]
         if len(self.recent) == 20 and np.mean(self.recent) >= self.goal:
             self.updates = self.done
+        elif self.done == self.updates:
+            print(f"demos: the mean return {self.goal:g} was not reached", file=sys.stderr)
         return row
 
 
@@ -148,10 +150,12 @@ def collect(line):
     """Write the .npz that the command line asks for."""
     if line.out.exists() or not line.out.parent.is_dir():
         raise UserError(f"{line.out} exists, or its folder does not; choose another name")
-    parts = []
+    parts, tasks = [], {}
     for part, source in enumerate(line.source):
         if line.command == "record":
             demos = record(source, line.steps // len(line.source), line.deterministic, part)
+            task = ncdpo.load_config(source).env
+            tasks[task_name(task)] = task
         else:
             _, minari, name = source.rpartition("minari:")
             try:
@@ -159,7 +163,10 @@ def collect(line):
             except ImportError as error:
                 raise UserError(f"{source} needs the package {error.name}: pip install {error.name}") from error
         parts.append(flatten(source, demos))
-    np.savez_compressed(buffer := io.BytesIO(), **join(parts))
+    if len(tasks) > 1:
+        raise UserError(f"the sources are of different tasks: {' and '.join(sorted(tasks.values()))}")
+    of_task = {"env": task for task in tasks.values()}  # what is converted does not say of which it is
+    np.savez_compressed(buffer := io.BytesIO(), **join(parts), **of_task)
     ncdpo.write(line.out, buffer.getvalue())
 
 
@@ -173,7 +180,7 @@ def main(arguments=None):
     trainer.add_argument("goal", type=float, help="mean return of about the last 20 episodes")
     recorder, _ = (commands.add_parser(name, parents=[files]) for name in ("record", "convert"))
     recorder.add_argument("--steps", type=int, default=100_000, help="of all environments and sources [100000]")
-    recorder.add_argument("--deterministic", action="store_true", help="leave out the final Gaussian's noise")
+    recorder.add_argument("--deterministic", action="store_true", help="no final noise; such data are cloned badly")
     line, flags = parser.parse_known_args(arguments)
     if line.command == "train":
         UntilReturn.goal = line.goal

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ncdpo  # noqa: E402
 
+WAYS = "exploring", "mean action", "zero noise"
+
 
 class LoadedPolicy(nn.Module):
     """Raw observations (S,) or (B, S) to actions of the task: NumPy to NumPy, torch to torch. load_policy makes it."""
@@ -44,5 +46,7 @@ def load_policy(run, way="zero noise"):
 
     A Box action is (A,), or of a chunk (H, A), to be played in a row; a Discrete one (). With a batch: (B, ...).
     """
+    if way not in WAYS:
+        raise ncdpo.UserError(f"way must be one of {', '.join(WAYS)}, and is {way!r}")
     config, agent, state = ncdpo.load_agent(run, torch.device("cpu"))
     return LoadedPolicy(agent, state["bounds"], config.action_chunk, way)

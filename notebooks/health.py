@@ -71,11 +71,13 @@ def tipped(run, episodes=32):
     with contextlib.closing(env):
         torch.manual_seed(config.seed)
         obs, ended = env.reset(1_000_003 + config.seed), torch.zeros(episodes, dtype=torch.bool)
-        while not ended.all():  # all end together
+        while not ended.all():  # all end together, but for one that diverges
             action = agent.act(obs, *agent.policy.draw_noise(episodes))[0]
             obs, reward, terminated, truncated, final_obs = env.step(action)
-            total, steps, ended = total + reward.nansum(1), steps + 1, terminated | truncated
-            over += torch.cos(final_obs[:, 1]) < 0.5
+            total += reward.nansum(1).where(~ended, 0)
+            steps += ~ended
+            over += (torch.cos(final_obs[:, 1]) < 0.5) & ~ended
+            ended |= terminated | truncated
     return total.numpy(), (over / steps).numpy()
 
 

@@ -1,7 +1,7 @@
 """Several equally good goals: which of them does a cloned policy still reach after fine-tuning?
 
     python notebooks/modes.py run dense                  # clone and fine-tune 20 seeds -> curves/modes/dense.csv
-    python notebooks/modes.py run sparse --reward sparse --lines ncdpo --critic-sees-chain -- --noise-scale 0.3
+    python notebooks/modes.py run quiet --reward sparse --lines ncdpo --critic-sees-chain -- --noise-scale 0.3
     python notebooks/modes.py run clip --sweep clip_coef 0.01 0.05 1000
     python notebooks/modes.py table dense sparse         # means over seeds, and differences from the first line
     python notebooks/modes.py mechanism mechanism        # gradients and first updates -> curves/modes/mechanism.csv
@@ -317,15 +317,21 @@ def task(options):
 
 
 def in_parallel(options, rows_of, columns):
-    """Write the rows of all seeds, a process for each, as a CSV file."""
-    with ProcessPoolExecutor(options.jobs) as pool:
-        rows = [row for of_one in pool.map(rows_of, options.seeds) for row in of_one]
+    """Write the rows of all seeds, a process for each, as a CSV file: those of a seed as soon as it is finished."""
     CURVES.mkdir(parents=True, exist_ok=True)
-    with open(CURVES / f"{options.name}.csv", "w", newline="") as file:
+    path = CURVES / f"{options.name}.csv"
+    if path.exists():
+        with open(path, newline="") as file:
+            if lost := {int(row["seed"]) for row in csv.DictReader(file)} - set(options.seeds):
+                raise ncdpo.UserError(f"{path} has seeds that would be lost ({', '.join(map(str, sorted(lost)))}): "
+                                      "name them, too, or give another name")
+    with ProcessPoolExecutor(options.jobs) as pool, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()})
+        for of_one in pool.map(rows_of, options.seeds):
+            for row in of_one:
+                writer.writerow({key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()})
+            file.flush()
 
 
 # ----- the mechanism --------------------------------------------------------------------------------------------------
