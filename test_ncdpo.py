@@ -3766,10 +3766,13 @@ def test_ratio_table_pools_the_tasks_and_takes_only_seeds_of_both_in_pairs(verdi
 
 # ===== texts: numbers of README.md and RESULTS.md come from CSV files ================================================
 
+TEXTS = "RESULTS.md", "TUNING.md"
+
+
 @pytest.fixture
 def said(curves, monkeypatch, capsys):
-    """What all commands of RESULTS.md that print tables print, in code blocks and as `--folder ...`."""
-    text = (HERE / "notebooks" / "RESULTS.md").read_text().replace("\\\n", " ")
+    """What all commands of RESULTS.md and TUNING.md that print tables print, in code blocks and as `--folder ...`."""
+    text = "".join((HERE / "notebooks" / name).read_text() for name in TEXTS).replace("\\\n", " ")
     found = re.findall(r"^python notebooks/(curves\.py(?: --.*)?)$", text, re.MULTILINE)
     found += [f"curves.py {line}" for line in re.findall(r"`(--folder\s[^`]*)`", text)]
     lines = dict.fromkeys(" ".join(re.sub(r" +#.*", "", line).split()) for line in found)
@@ -3778,9 +3781,9 @@ def said(curves, monkeypatch, capsys):
 
 
 def test_every_row_of_a_table_of_results_is_what_its_commands_print(said):
-    text = (HERE / "notebooks" / "RESULTS.md").read_text()
+    text = "".join((HERE / "notebooks" / name).read_text() for name in TEXTS)
     tables = re.findall(r"^\| (?:ratio \| task|task \| algorithm \| seeds) .*\n((?:\|.*\n)+)", text, re.MULTILINE)
-    assert len(tables) > 12
+    assert len(tables) > 20
     for row in (row for table in tables for row in table.splitlines()):
         assert row in said or set(row) <= set("|-"), row
 
