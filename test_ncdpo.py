@@ -1711,7 +1711,7 @@ def test_progress_tells_the_last_twenty_episodes_and_the_pace_since_it_was_start
     def iterate(self):
         now[0] += 2
         self.done += 1
-        return {"episodes": 10, "return": float(self.done), "update": self.done, "step": 64 * self.done}
+        return {"episodes": 10, "return": float(self.done), "step": 64 * self.done, "learning_rate": 1234567.25}
 
     monkeypatch.setattr(ncdpo.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(ncdpo.Trainer, "iterate", iterate)
@@ -1721,6 +1721,15 @@ def test_progress_tells_the_last_twenty_episodes_and_the_pace_since_it_was_start
     told = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     expected = ("128 steps (50%), return 2.0, 4", "192 steps (75%), return 2.5, 2", "256 steps (100%), return 3.5, 0")
     assert told == [", 32 steps/s, ".join(line.rsplit(", ", 1)) + " s left" for line in expected]
+    assert [row["learning_rate"] for row in rows_of(tmp_path)] == ["1234567.25"] * 3
+
+
+def test_training_closes_all_environments_that_it_made(tmp_path, monkeypatch):
+    made, closed = [], []
+    monkeypatch.setattr(Tiny, "reset", lambda self, reset=Tiny.reset, **given: made.append(self) or reset(self, **given))
+    monkeypatch.setattr(Tiny, "close", lambda self: closed.append(self), raising=False)
+    ncdpo.train(config(env="Tiny-v0", runs=tmp_path))
+    assert {id(task) for task in made} == {id(task) for task in closed} and len(closed) == 2 + 3 * 2
 
 
 def test_an_evaluation_is_described_by_mean_spread_and_range():
