@@ -1726,7 +1726,8 @@ def test_progress_tells_the_last_twenty_episodes_and_the_pace_since_it_was_start
 
 def test_training_closes_all_environments_that_it_made(tmp_path, monkeypatch):
     made, closed = [], []
-    monkeypatch.setattr(Tiny, "reset", lambda self, reset=Tiny.reset, **given: made.append(self) or reset(self, **given))
+    reset = Tiny.reset
+    monkeypatch.setattr(Tiny, "reset", lambda self, **given: made.append(self) or reset(self, **given))
     monkeypatch.setattr(Tiny, "close", lambda self: closed.append(self), raising=False)
     ncdpo.train(config(env="Tiny-v0", runs=tmp_path))
     assert {id(task) for task in made} == {id(task) for task in closed} and len(closed) == 2 + 3 * 2
@@ -3808,6 +3809,27 @@ def test_every_interval_of_results_is_printed_by_its_commands(said):
     own_file = re.compile(r"\n## What noise-conditioning keeps.*?(?=\n## )", re.DOTALL)
     found = intervals(own_file.sub("", text))
     assert len(found) > 50 and set(found) - {KEPT} <= set(intervals("\n".join(said)))
+
+
+def test_every_interval_of_the_modes_is_a_rounding_of_one_that_their_tables_print():
+    modes = importlib.import_module("notebooks.modes")
+    text = (HERE / "notebooks" / "RESULTS.md").read_text()
+    section = re.search(r"\n## What noise-conditioning keeps.*?(?=\n## )", text, re.DOTALL)[0]
+    number = r"([-+]?[\d,]+(?:\.\d+)?(?:e-\d+)?)"
+    triples = lambda text: [[cell.replace(",", "") for cell in found] for found in re.findall(
+        rf"{number}\s+\[{number},\s+{number}\]", text)]
+    names = [path.stem for path in modes.CURVES.glob("*.csv")]
+    names.sort(key=lambda name: name != "dense")  # from which differences are taken
+    printed = [[float(cell) for cell in cells] for measured in ([n for n in names if n != "mechanism"], ["mechanism"])
+               for cells in triples(modes.table(measured))]
+    said = triples(section)
+    said.remove(["-409", "-1266", "447"])  # of HalfCheetah, whose command stands beside it
+    assert len(said) > 60
+    for cells in said:
+        digits = [len(cell.partition(".")[2]) for cell in cells]
+        close = lambda found: all(abs(float(cell) - x) <= 0.5 * 10.0**-d + 0.005 * abs(x)  # x has three digits
+                                  for cell, x, d in zip(cells, found, digits))
+        assert any(map(close, printed)), cells
 
 
 KEPT = "0.23 [0.12, 0.33]"
