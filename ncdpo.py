@@ -877,7 +877,7 @@ COLUMNS = """update step seconds episodes return length success approx_kl clip_f
     policy_loss value_loss entropy grad_norm sigma chain_std learning_rate""".split()
 CHECKPOINT_SECONDS = 10  # between two checkpoints
 MAY_CHANGE = {"total_timesteps", "episodes", "device", "vector"}  # by --resume
-OF_NETWORK = {"denoising_steps", "predict", "hidden", "activation", "action_chunk"}  # with which its weights go
+OF_NETWORK = {"denoising_steps", "predict", "hidden", "activation", "action_chunk"}  # weights fit these values alone
 
 
 def train(config, resume=None):
@@ -1093,7 +1093,7 @@ def evaluate(run, episodes=10, max_steps=100_000, **changed):
             parts = reward.nansum(1), reward.isfinite().sum(1), env.envs.success
             sums += torch.stack(parts, 1).where(alive, 0)
             alive[terminated | truncated] = False
-    sums[alive[:, 0], 2] = torch.nan  # cut off
+    sums[alive[:, 0], 2] = torch.nan  # nobody knows how these would have ended
     columns = [dict(zip(("return", "length", "success"), part.T.numpy())) for part in sums.chunk(3)]
     return dict(zip(("exploring", "mean action", "zero noise"), columns))
 

@@ -840,6 +840,12 @@ def test_chain_std_is_measured_over_the_whole_rollout(batches, monkeypatch):
     assert torch.equal(measured[0], batches[0][0]["obs"][::3])
 
 
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_training_in_double_precision(algo, float64):
+    trainer = ncdpo.Trainer(config(env="Pendulum-v1", algo=algo, action_chunk=2))
+    assert math.isfinite(trainer.iterate()["value_loss"]) and trainer.agent.critic[0].weight.dtype == torch.float64
+
+
 # --- nobody waits for the device -------------------------------------------------------------------------------------
 
 class NoCopies(TorchDispatchMode):
@@ -1249,6 +1255,16 @@ def test_success_of_a_gymnasium_task_is_what_the_last_info_of_an_episode_tells(m
     np.testing.assert_allclose(row["success"], 0.5 if key else np.nan, atol=0.1)
 
 
+def test_success_may_be_an_array_of_one_number(own):
+    class Told(Tiny):
+        def step(self, action):
+            *rest, info = super().step(action)
+            return *rest, {"success": np.array([True])}
+
+    row = ncdpo.Trainer(config(env=own(Told), total_timesteps=256)).iterate()
+    assert row["success"] == 1
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_simulator_of_ones_own_tells_success_and_what_the_policy_sees(worlds, algo):
     trainer = ncdpo.Trainer(config(env="worlds:some?agents=3", algo=algo, total_timesteps=4 * 6 * 32))
@@ -1611,27 +1627,6 @@ def test_no_pose_has_more_contacts_than_warp_has_room_for(env_id):
     assert data.nacon.numpy() >= 64 * floor and data.nefc.numpy().min() >= 4 * floor
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_training_in_double_precision(algo, float64):
-    trainer = ncdpo.Trainer(config(env="Pendulum-v1", algo=algo, action_chunk=2))
-    assert math.isfinite(trainer.iterate()["value_loss"]) and trainer.agent.critic[0].weight.dtype == torch.float64
-
-
-def test_success_may_be_an_array_of_one_number(own):
-    class Told(Tiny):
-        def step(self, action):
-            *rest, info = super().step(action)
-            return *rest, {"success": np.array([True])}
-
-    row = ncdpo.Trainer(config(env=own(Told), total_timesteps=256)).iterate()
-    assert row["success"] == 1
-
-
-def test_an_episode_that_was_cut_off_tells_no_success(own, tmp_path):
-    run, _ = a_clone(tmp_path / "run", env=own(Tiny, steps=10**6))
-    assert np.isnan(ncdpo.evaluate(run, 2, max_steps=20)["mean action"]["success"]).all()
-
-
 def test_warp_tells_that_it_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco_warp", None)
     with pytest.raises(UserError, match="pip install mujoco-warp"):
@@ -1731,6 +1726,11 @@ def test_training_closes_all_environments_that_it_made(tmp_path, monkeypatch):
     monkeypatch.setattr(Tiny, "close", lambda self: closed.append(self), raising=False)
     ncdpo.train(config(env="Tiny-v0", runs=tmp_path))
     assert {id(task) for task in made} == {id(task) for task in closed} and len(closed) == 2 + 3 * 2
+
+
+def test_an_episode_that_was_cut_off_tells_no_success(own, tmp_path):
+    run, _ = a_clone(tmp_path / "run", env=own(Tiny, steps=10**6))
+    assert np.isnan(ncdpo.evaluate(run, 2, max_steps=20)["mean action"]["success"]).all()
 
 
 def test_an_evaluation_is_described_by_mean_spread_and_range():

@@ -150,12 +150,13 @@ def collect(line):
     """Write the .npz that the command line asks for."""
     if line.out.exists() or not line.out.parent.is_dir():
         raise UserError(f"{line.out} exists, or its folder does not; choose another name")
-    parts, tasks = [], {}
+    tasks = [ncdpo.load_config(run).env for run in line.source if line.command == "record"]
+    if len(set(map(task_name, tasks))) > 1:
+        raise UserError(f"the sources are of different tasks: {' and '.join(sorted(set(tasks)))}")
+    parts = []
     for part, source in enumerate(line.source):
         if line.command == "record":
             demos = record(source, line.steps // len(line.source), line.deterministic, part)
-            task = ncdpo.load_config(source).env
-            tasks[task_name(task)] = task
         else:
             _, minari, name = source.rpartition("minari:")
             try:
@@ -163,9 +164,7 @@ def collect(line):
             except ImportError as error:
                 raise UserError(f"{source} needs the package {error.name}: pip install {error.name}") from error
         parts.append(flatten(source, demos))
-    if len(tasks) > 1:
-        raise UserError(f"the sources are of different tasks: {' and '.join(sorted(tasks.values()))}")
-    of_task = {"env": task for task in tasks.values()}  # what is converted does not say of which it is
+    of_task = {"env": task for task in tasks}  # what is converted does not say of which it is
     np.savez_compressed(buffer := io.BytesIO(), **join(parts), **of_task)
     ncdpo.write(line.out, buffer.getvalue())
 

@@ -317,7 +317,10 @@ def task(options):
 
 
 def in_parallel(options, rows_of, columns):
-    """Write the rows of all seeds, a process for each, as a CSV file: those of a seed as soon as it is finished."""
+    """Write the rows of all seeds, a process for each, as a CSV file.
+
+    What stops it leaves those of the seeds that are finished in a .tmp file, and an older CSV file as it was.
+    """
     CURVES.mkdir(parents=True, exist_ok=True)
     path = CURVES / f"{options.name}.csv"
     if path.exists():
@@ -325,13 +328,15 @@ def in_parallel(options, rows_of, columns):
             if lost := {int(row["seed"]) for row in csv.DictReader(file)} - set(options.seeds):
                 raise ncdpo.UserError(f"{path} has seeds that would be lost ({', '.join(map(str, sorted(lost)))}): "
                                       "name them, too, or give another name")
-    with ProcessPoolExecutor(options.jobs) as pool, open(path, "w", newline="") as file:
+    unfinished = path.with_suffix(".tmp")
+    with ProcessPoolExecutor(options.jobs) as pool, open(unfinished, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         for of_one in pool.map(rows_of, options.seeds):
             for row in of_one:
                 writer.writerow({key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()})
             file.flush()
+    unfinished.replace(path)
 
 
 # ----- the mechanism --------------------------------------------------------------------------------------------------
