@@ -3774,6 +3774,10 @@ def test_ratio_table_pools_the_tasks_and_takes_only_seeds_of_both_in_pairs(verdi
     assert one[3] == "2.00 [2.00, 2.00] **higher**" and two[3] == "1.000 [1.000, 1.000] **as high**"
     assert both[1] == "all 2" and both[3] == "1.41 [1.41, 1.41] **higher**" and two[4] == "0%"
     assert table()[2][2] == "5 to 6"  # not in pairs all seeds count
+    for values in (ours, theirs):
+        values["success"] = values["return"] * 0  # no ratio: the chance is the next measure's
+    ours, theirs = ({key: values[key] for key in ("seed", "success", "return")} for values in (ours, theirs))
+    assert table(paired=True)[2][3:] == ["", "2.00 [2.00, 2.00] **higher**", "100%"]
 
 
 # ===== texts: numbers of README.md and RESULTS.md come from CSV files ================================================

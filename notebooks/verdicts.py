@@ -73,7 +73,7 @@ def ratio_table(cases, paired=False):
     """Ratios as Markdown, of each task and pooled over all: cases {name: {task: (values of ours, values of theirs)}}.
 
     Values are {measure: array of one value a seed, "seed": their seeds}; paired: only seeds that both have count. The
-    last column is the chance of a seed of ours to be above one of theirs by the first measure.
+    last column is the chance of a seed of ours to be above one of theirs by the first measure that has a ratio.
     """
     rows = []
     for case, by_task in cases.items():
@@ -90,8 +90,9 @@ def ratio_table(cases, paired=False):
                 if all(name in values for pair in pairs for values in pair):
                     ours, theirs = ([pair[i][name] for pair in pairs] for i in (0, 1))
                     row[name] = cell(*ratio(ours, theirs, paired), seeds[0])
-                    chances.append(f"{improvement(ours, theirs, paired):.0%}")
-            rows.append(row | {"chance above": chances[0]})
+                    if row[name]:
+                        chances.append(f"{improvement(ours, theirs, paired):.0%}")
+            rows.append(row | {"chance above": next(iter(chances), "")})
     return markdown(rows)
 
 
