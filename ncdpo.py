@@ -71,27 +71,21 @@ class Schedule(nn.Module):
 
     def __init__(self, steps, predict="sample", eta=1.0, clip=1.0, sampling_steps=None):
         super().__init__()
-        self.steps, self.predict, self.clip = steps, predict, clip
-        f = [math.cos((k / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(steps + 1)]
-        abar = [1.0]
-        for k in range(1, steps + 1):
-            beta = min(1 - f[k] / f[k - 1], 0.999)
-            abar.append(abar[-1] * (1 - beta))
-
-        self.K = sampling_steps or steps
+        self.steps, self.K, self.predict, self.clip = steps, sampling_steps or steps, predict, clip
         self.register_buffer("taus", torch.tensor([self.tau(k) for k in range(self.K + 1)]), persistent=False)
-        sigma, to_clean, to_noisy = [0.0], [0.0], [0.0]
-        for k in range(1, self.K + 1):
-            now, before = abar[self.tau(k)], abar[self.tau(k - 1)]
-            beta = 1 - now / before
-            sigma.append(eta * math.sqrt((1 - before) / (1 - now) * beta))
-            # E4 is linear in (x0hat, x_k): write eps_tilde out once and for all
-            to_noisy.append(math.sqrt((1 - before - sigma[k] ** 2) / (1 - now)))
-            to_clean.append(math.sqrt(before) - to_noisy[k] * math.sqrt(now))
-        signal, noise = [a**0.5 for a in abar], [(1 - a) ** 0.5 for a in abar]
-        tables = dict(signal=signal, noise=noise, sigma=sigma, to_clean=to_clean, to_noisy=to_noisy)
-        for name, values in tables.items():
-            self.register_buffer(name, torch.tensor(values)[:, None], persistent=False)
+        f = torch.cos((torch.arange(steps + 1).double() / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        alpha = (f[1:] / f[:-1]).clamp(min=0.001)  # 1 - beta
+        abar = F.pad(alpha.cumprod(0), (1, 0), value=1.0)
+
+        before, now = abar[self.taus[:-1]], abar[self.taus[1:]]  # of the steps that are run
+        sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
+        # E4 is linear in (x0hat, x_k): write eps_tilde out once and for all
+        to_noisy = ((1 - before - sigma**2) / (1 - now)).sqrt()
+        to_clean = before.sqrt() - to_noisy * now.sqrt()
+        of_run = F.pad(torch.stack([sigma, to_clean, to_noisy]), (1, 0))  # k = 0 is no step
+        tables = [abar.sqrt(), (1 - abar).sqrt(), *of_run]
+        for name, table in zip(("signal", "noise", "sigma", "to_clean", "to_noisy"), tables):
+            self.register_buffer(name, table[:, None].to(torch.get_default_dtype()), persistent=False)
 
     def tau(self, k):
         """Step of training that the k-th step of the chain is (E18)."""
@@ -180,11 +174,11 @@ def gaussian_log_prob(x, mean, log_std):
 
 
 class Gaussian(nn.Module):
-    """Final Gaussian N(action; mean, diag(sigma^2)) of Box actions (..., A) (E7); log sigma is learnt or `fixed`."""
+    """Final Gaussian N(action; mean, diag(sigma^2)) of Box actions (..., A) (E7); log sigma is learnt."""
 
-    def __init__(self, dim, std, fixed=False):
+    def __init__(self, dim, std):
         super().__init__()
-        self.log_std = nn.Parameter(torch.full((dim,), math.log(std)), requires_grad=not fixed)
+        self.log_std = nn.Parameter(torch.full((dim,), math.log(std)))
 
     def draw_noise(self, *shape, device=None):
         return torch.randn(shape, device=device)
@@ -330,12 +324,12 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
     A = (advantage - advantage.mean()) / (advantage.std() + 1e-8) if norm_adv else advantage
 
     objective, clipped = getattr(policy, "objective", clipped_objective)(log_ratio / coordinates, A, clip_coef)
-    kl = (log_ratio.exp() - 1 - log_ratio).detach().sum() / len(obs)  # Schulman's k3, over all decisions of an action
+    kl = (log_ratio.exp() - 1 - log_ratio).sum() / len(obs)  # Schulman's k3, over all decisions of an action
     value_loss = 0.5 * F.mse_loss(critic(obs).squeeze(-1), target)
     entropy = entropy.mean()
     loss = -objective + vf_coef * value_loss - ent_coef * entropy
-    return loss, {"policy_loss": -objective.detach(), "value_loss": value_loss.detach(), "entropy": entropy.detach(),
-                  "approx_kl": kl, "clip_fraction": clipped}
+    return loss, {"policy_loss": -objective, "value_loss": value_loss, "entropy": entropy, "approx_kl": kl,
+                  "clip_fraction": clipped}
 
 
 def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, max_grad_norm=0.5):
@@ -354,15 +348,24 @@ def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, ma
             loss.backward()
             norms = [nn.utils.clip_grad_norm_(group["params"], max_grad_norm) for group in optimizer.param_groups]
             optimizer.step()
-            taken.append(diagnostics | {"grad_norm": norms[0]})
-    means = [sum(row[name] for row in taken) / len(taken) for name in taken[0]]
-    return dict(zip(taken[0], torch.stack(means).tolist()))  # the only wait for an accelerator
+            taken.append(torch.stack([*diagnostics.values(), norms[0]]).detach())
+    means = torch.stack(taken).mean(0).tolist()  # the only wait for an accelerator
+    return dict(zip([*diagnostics, "grad_norm"], means))
 
 
 # ===== 5  Training loop ===============================================================================================
 
 class UserError(Exception):
     """A mistake of the user's or of their machine, told in one sentence that names the remedy."""
+
+
+@contextlib.contextmanager
+def told(words, *kinds):
+    """Errors of these kinds become a UserError that begins with these words."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{words}: {str(error)[:300]}") from error
 
 
 class Agent(nn.Module):
@@ -385,10 +388,9 @@ class Trainer:
     def __init__(self, config):
         self.config, self.done, self.seconds = config, 0, 0.0
         auto = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
+        with told(f"--device {config.device} is not to be had", RuntimeError, AssertionError, TypeError):
+            # MPS knows no float64
             self.device = torch.zeros(1, dtype=torch.double, device=config.device.replace("auto", auto)).device
-        except (RuntimeError, AssertionError, TypeError) as error:  # of MPS, which knows no float64
-            raise UserError(f"--device {config.device} is not to be had: {error}") from error
         torch.manual_seed(config.seed)
         self.env = VectorEnv(config.env, config.num_envs, self.device, config.vector, config.action_chunk)
         self.agent = Agent(config, *self.env.spaces).to(self.device)
@@ -448,8 +450,8 @@ class Trainer:
 
     def finished(self, rollout):
         """Return, length and success of the episodes that ended, (episodes, 3); call once a rollout."""
-        ended, reward, success = (rollout[name].cpu() for name in ("ended", "reward", "success"))
-        parts = torch.stack([reward.double().nansum(-1), reward.isfinite().sum(-1), success], -1)
+        reward, ended = rollout["reward"].double(), rollout["ended"]
+        parts = torch.stack([reward.nansum(-1), reward.isfinite().sum(-1), rollout["success"]], -1)
         sums, self.so_far = discounted_sums(parts, ended[..., None], self.so_far, gamma=1.0)
         return sums[ended]
 
@@ -457,8 +459,9 @@ class Trainer:
     def make_batch(self, rollout):
         """The rollout as a batch of decisions for ppo_loss, (T * N, ...), and the critic's explained variance."""
         config, agent, H = self.config, self.agent, self.config.action_chunk
-        played = ~rollout["reward"].isnan()  # (T, N, H); false behind an episode's end in a chunk
-        reward = rollout["reward"].where(played, 0) @ config.gamma ** torch.arange(H, device=self.device)
+        # rewards are (T, N, H), NaN behind an episode's end, which may cut a chunk short
+        reward = (rollout["reward"] * config.gamma ** torch.arange(H, device=self.device)).nansum(-1)
+        discount = config.gamma ** rollout["reward"].isfinite().sum(-1)
         sums, self.carry = discounted_sums(reward, rollout["ended"], self.carry, config.gamma ** H)
         agent.reward_norm.update(sums.reshape(-1, 1))
         # in standard deviations of the discounted return
@@ -469,10 +472,10 @@ class Trainer:
             agent.obs_norm.update(rollout["obs"].flatten(0, 1))  # only now: the old statistics acted
         value, final_value = agent.critic(obs).squeeze(-1), agent.critic(final_obs).squeeze(-1)
         advantage = advantages(reward, value, final_value, rollout["terminated"], rollout["ended"],
-                               config.gamma ** played.sum(-1), config.gae_lambda)  # a chunk may be cut short
-        batch = {name: rollout[name] for name in ("action", "log_prob", "latent")}
-        batch |= {"obs": obs, "advantage": advantage, "target": advantage + value}
-        batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+                               discount, config.gae_lambda)
+        rollout = rollout | {"obs": obs, "advantage": advantage, "target": advantage + value}
+        names = "obs action latent log_prob advantage target".split()
+        batch = {name: rollout[name].flatten(0, 1) for name in names}
         return batch, 1 - (advantage.var() / batch["target"].var().clamp(min=1e-8)).item()
 
 
@@ -547,11 +550,9 @@ def make_envs(env_id, num_envs, chunk, device, vector):
     first numbers of an observation the policy sees (the critic sees all).
     """
     module, _, name = env_id.partition(":")
-    try:
+    with told(f"cannot make {env_id}", ValueError, ImportError):
         make_vec = name and getattr(importlib.import_module(module), "make_vec", None)
         own = make_vec(name, num_envs, device) if make_vec else None
-    except (ValueError, ImportError) as error:
-        raise UserError(f"cannot make {env_id}: {error}") from error
     one = own or make_env(env_id)
     obs, act = one.observation_space, one.action_space
     discrete = isinstance(act, gym.spaces.Discrete)
@@ -568,20 +569,17 @@ def make_envs(env_id, num_envs, chunk, device, vector):
 def make_env(env_id, **more):
     """gym.make without warnings of age; raises UserError for an unknown name or a missing package."""
     entry = str(getattr(gym.registry.get(env_id), "entry_point", ""))
-    with warnings.catch_warnings():
+    words, kinds = f"cannot make {env_id}", [gym.error.Error, ImportError]
+    if re.match("gymnasium_robotics|metaworld", entry):
+        words += (f" with MuJoCo {version('mujoco')}; its suite may want MuJoCo 3 (pip install 'mujoco<4', in an "
+                  "environment of its own)")
+        kinds += [AssertionError, ValueError]
+    if "mujoco" in entry:
+        import mujoco
+        mujoco.set_mju_user_warning(lambda message: None)  # most are on the age of Gymnasium's models
+    with told(words, *kinds), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
-        if "mujoco" in entry:
-            import mujoco
-            mujoco.set_mju_user_warning(lambda message: None)  # most are on the age of Gymnasium's models
-        try:
-            return gym.make(env_id, disable_env_checker=True, **more)
-        except (gym.error.Error, ImportError) as error:
-            raise UserError(f"cannot make {env_id}: {error}") from error
-        except (AssertionError, ValueError) as error:
-            if not re.match("gymnasium_robotics|metaworld", entry):
-                raise
-            raise UserError(f"{env_id} cannot be made with MuJoCo {version('mujoco')} ({error}): its suite wants "
-                            "MuJoCo 3 (pip install 'mujoco<4', in an environment of its own)") from error
+        return gym.make(env_id, disable_env_checker=True, **more)
 
 
 def version(package):
@@ -650,97 +648,57 @@ def batched_envs(env, num_envs, chunk, device, vector):
     limit = math.inf
     while type(env).__module__ == "gymnasium.wrappers.common":  # the wrappers of gym.make itself
         limit, env = min(limit, getattr(env, "_max_episode_steps", limit)), env.env
-    if not re.fullmatch(r"gymnasium\.envs\.mujoco\.(half_cheetah|hopper|walker2d)_v[45]", type(env).__module__):
-        if vector == "warp":
-            raise UserError("--vector warp has HalfCheetah, Hopper and Walker2d alone: give --vector auto")
-        return None
-    warp = importlib.util.find_spec("mujoco_warp")
+    known = re.fullmatch(r"gymnasium\.envs\.mujoco\.(half_cheetah|hopper|walker2d)_v[45]", type(env).__module__)
+    warp = known and importlib.util.find_spec("mujoco_warp")
     if vector == "warp" and not warp:
-        raise UserError("--vector warp needs MuJoCo Warp: pip install mujoco-warp (Python 3.11 or newer)")
+        raise UserError("--vector warp has HalfCheetah, Hopper and Walker2d alone, and needs MuJoCo Warp: "
+                        "pip install mujoco-warp (Python 3.11 or newer), or give --vector auto")
     if vector == "warp" or device.type == "cuda" and warp:
-        return MujocoEnvs(env, limit, chunk, WarpPool(env.model, num_envs, env.frame_skip, device))
-    if importlib.util.find_spec("mujoco.batch"):  # it came with MuJoCo 3.17
-        return MujocoEnvs(env, limit, chunk, ThreadPool(env.model, num_envs, env.frame_skip))
+        return WarpEnvs(env, limit, num_envs, chunk, device)
+    if known and importlib.util.find_spec("mujoco.batch"):  # it came with MuJoCo 3.17
+        return MujocoEnvs(env, limit, num_envs, chunk)
 
 
-class ThreadPool:
-    """N copies of a MuJoCo model, stepped by C++ threads in one call: the same bits as N simulations one by one.
+class MujocoEnvs:
+    """N copies of a MuJoCo task: Gymnasium's formulas over tensors (N, ...), with the constants of its object `env`.
 
-    qpos (N, nq), qvel (N, nv) and ctrl (N, nu) are float64 views of MuJoCo's memory.
+    C++ threads step them in one call: the same bits as N simulations one by one. qpos (N, nq), qvel (N, nv) and ctrl
+    (N, nu) are float64 views of MuJoCo's memory. The reward is forward velocity plus health minus control cost; `limit`
+    is the number of steps of an episode.
     """
 
     kind = "batched"
 
-    def __init__(self, model, num_envs, frame_skip):
+    def __init__(self, env, limit, num_envs, chunk, device=torch.device("cpu")):
+        self.env, self.limit, self.chunk, self.device = env, limit, chunk, device
+        self.observation_space, self.action_space, self.close = env.observation_space, env.action_space, env.close
+        self.build(env.model, num_envs)
+        self.random = torch.Generator(device)
+        self.age = torch.zeros(num_envs, device=device)
+        self.success = torch.full_like(self.age, torch.nan)
+        self.first = [torch.from_numpy(x).to(self.qpos) for x in (env.init_qpos, env.init_qvel)]
+        self.can_fall = hasattr(env, "_healthy_z_range")  # Hopper and Walker2d
+
+    def build(self, model, num_envs):
+        """Make the simulator, and bind qpos, qvel and ctrl to it."""
         from mujoco import batch
-        self.batch, self.frame_skip = batch.Batch(model, num_envs, torch.get_num_threads()), frame_skip
+        self.batch = batch.Batch(model, num_envs, torch.get_num_threads())
         for name in ("qpos", "qvel", "ctrl"):
             memory = self.batch.bind(name)
             memory.flags.writeable = True  # nobody writes, but torch warns of memory that is not
             setattr(self, name, torch.from_numpy(memory))
 
-    def step(self, ctrl):
-        """Hold ctrl (N, nu) for frame_skip substeps."""
-        self.ctrl.copy_(ctrl)
-        self.batch.step(nstep=self.frame_skip)
+    def advance(self):
+        """Hold ctrl for frame_skip substeps."""
+        self.batch.step(nstep=self.env.frame_skip)
 
-    def restart(self, where, draw_states):
-        """Begin anew in the environments `where` (N,) is true, in states qpos (N, nq) and qvel (N, nv)."""
+    def restart(self, where):
+        """Begin anew in the environments `where` (N,) is true."""
         rows = np.flatnonzero(where)
         if len(rows):
-            qpos, qvel = draw_states()
             self.batch.reset(rows, stage=0)
-            self.qpos[rows], self.qvel[rows] = qpos[rows], qvel[rows]
-
-
-class WarpPool:
-    """The same on `device` by MuJoCo Warp: float32 views of its arrays, and nothing ever waits for the device."""
-
-    kind = "warp"
-
-    def __init__(self, model, num_envs, frame_skip, device):
-        import mujoco_warp
-        import warp
-        warp.config.log_level = warp.LOG_WARNING
-        contacts = 3 * model.ngeom  # a capsule lies on the floor at two points
-        with warp.ScopedDevice(str(device)):
-            m = mujoco_warp.put_model(model)
-            d = mujoco_warp.make_data(model, num_envs, nconmax=contacts, njmax=4 * contacts + model.njnt)
-            mujoco_warp.step(m, d)  # compiles
-            with warp.ScopedCapture() as capture:  # one launch a step: a CUDA graph, on a CPU one of Warp's own
-                for _ in range(frame_skip):
-                    mujoco_warp.step(m, d)
-        stream = warp.stream_from_torch(device) if device.type == "cuda" else None
-        self.launch = partial(warp.capture_launch, capture.graph, stream)
-        self.arrays = m, d  # kept alive: these are views of their memory
-        self.qpos, self.qvel = warp.to_torch(d.qpos), warp.to_torch(d.qvel)
-        self.ctrl, self.warmstart = warp.to_torch(d.ctrl), warp.to_torch(d.qacc_warmstart)
-
-    def step(self, ctrl):
-        self.ctrl.copy_(ctrl)
-        self.launch()
-
-    def restart(self, where, draw_states):
-        for now, first in zip((self.qpos, self.qvel), draw_states()):
-            now.copy_(first.where(where[:, None], now))
-        self.warmstart.masked_fill_(where[:, None], 0)
-
-
-class MujocoEnvs:
-    """A MuJoCo task over a pool: Gymnasium's formulas over tensors (N, ...), with the constants of its object `env`.
-
-    The reward is forward velocity plus health minus control cost; `limit` is the number of steps of an episode.
-    """
-
-    def __init__(self, env, limit, chunk, pool):
-        self.env, self.limit, self.chunk, self.pool = env, limit, chunk, pool
-        self.observation_space, self.action_space = env.observation_space, env.action_space
-        self.close, self.kind, self.device = env.close, pool.kind, pool.qpos.device
-        self.random = torch.Generator(self.device)
-        self.age = torch.zeros(len(pool.qpos), device=self.device)
-        self.success = torch.full_like(self.age, torch.nan)
-        self.first = [torch.from_numpy(x).to(pool.qpos) for x in (env.init_qpos, env.init_qvel)]
-        self.can_fall = hasattr(env, "_healthy_z_range")  # Hopper and Walker2d
+            for now, first in zip((self.qpos, self.qvel), self.draw_states()):
+                now[rows] = first[rows]
 
     def reset(self, seeds):
         self.random.manual_seed(seeds[0])
@@ -748,13 +706,13 @@ class MujocoEnvs:
 
     def start(self, where):
         """Observations (N, S) after new episodes have begun where `where` (N,) is true."""
-        self.pool.restart(where, self.draw_states)
+        self.restart(where)
         self.age.masked_fill_(where, 0)
         return self.observe()
 
     def draw_states(self):
         """Start states for all environments, qpos (N, nq) and qvel (N, nv)."""
-        u, v = torch.empty_like(self.pool.qpos), torch.empty_like(self.pool.qvel)
+        u, v = torch.empty_like(self.qpos), torch.empty_like(self.qvel)
         u.uniform_(-1, 1, generator=self.random)
         v.uniform_(-1, 1, generator=self.random) if self.can_fall else v.normal_(generator=self.random)
         return [x + self.env._reset_noise_scale * noise for x, noise in zip(self.first, (u, v))]
@@ -762,20 +720,21 @@ class MujocoEnvs:
     def observe(self):
         """Observations (N, S): positions, perhaps without x, and velocities."""
         hidden = int(self.env._exclude_current_positions_from_observation)
-        qvel = self.pool.qvel.clamp(-10, 10) if self.can_fall else self.pool.qvel
-        return torch.cat([self.pool.qpos[:, hidden:], qvel], 1)
+        qvel = self.qvel.clamp(-10, 10) if self.can_fall else self.qvel
+        return torch.cat([self.qpos[:, hidden:], qvel], 1)
 
     def healthy(self):
         """Whether each environment may go on (N,)."""
-        env, qpos = self.env, self.pool.qpos
-        ranges = [(qpos[:, 1:2], env._healthy_z_range), (qpos[:, 2:3], env._healthy_angle_range)]
-        if hasattr(env, "_healthy_state_range"):
-            ranges.append((torch.cat([qpos[:, 2:], self.pool.qvel], 1), env._healthy_state_range))
-        return torch.cat([(low < x) & (x < high) for x, (low, high) in ranges], 1).all(1)
+        env, qpos = self.env, self.qpos
+        inside = lambda x, ends: (ends[0] < x) & (x < ends[1])
+        healthy = inside(qpos[:, 1], env._healthy_z_range) & inside(qpos[:, 2], env._healthy_angle_range)
+        if hasattr(env, "_healthy_state_range"):  # Hopper
+            healthy &= inside(torch.cat([qpos[:, 2:], self.qvel], 1), env._healthy_state_range).all(1)
+        return healthy
 
     def outcome(self, x_before, action):
         """Reward (N,) and termination (N,) of the step that led here from x_before (N,)."""
-        env, speed = self.env, (self.pool.qpos[:, 0] - x_before) / self.env.dt
+        env, speed = self.env, (self.qpos[:, 0] - x_before) / self.env.dt
         reward = env._forward_reward_weight * speed - env._ctrl_cost_weight * action.square().sum(1)
         if not self.can_fall:
             return reward, torch.zeros_like(reward, dtype=torch.bool)
@@ -784,24 +743,53 @@ class MujocoEnvs:
         return reward + env._healthy_reward * paid.to(reward), ~healthy & ends
 
     def step(self, action):
-        pool, rewards = self.pool, []
         terminated, truncated = torch.zeros(2, len(action), dtype=torch.bool, device=self.device)
-        alive = ~terminated
-        for i, part in enumerate(action.chunk(self.chunk, 1)):
-            x_before = pool.qpos[:, 0].clone()
-            pool.step(part)  # also where the episode has ended: what happens there is not looked at
+        alive, final_obs, rewards = ~terminated, 0, []
+        for part in action.chunk(self.chunk, 1):
+            x_before = self.qpos[:, 0].clone()
+            self.ctrl.copy_(part)  # also where the episode has ended: what happens there is not looked at
+            self.advance()
             reward, fell = self.outcome(x_before, part)
             # a state that diverged terminates, with zeros for what is not known; on a CPU MuJoCo has mostly put it to
             # rest before one sees it, as in Gymnasium
-            diverged = ~(torch.cat([pool.qpos, pool.qvel], 1).abs() < 1e10).all(1)  # MuJoCo's own limit
+            diverged = ~(torch.cat([self.qpos, self.qvel], 1).abs() < 1e10).all(1)  # MuJoCo's own limit
             obs = self.observe().masked_fill(diverged[:, None], 0)
-            final_obs = obs.where(alive[:, None], final_obs) if i else obs
+            final_obs = obs.where(alive[:, None], final_obs)
             rewards.append(reward.masked_fill(diverged, 0).masked_fill(~alive, torch.nan))
             self.age += 1
             terminated |= alive & (diverged | fell)
             truncated |= alive & (self.age >= self.limit)
             alive = ~(terminated | truncated)
         return self.start(~alive), torch.stack(rewards, 1), terminated, truncated, final_obs
+
+
+class WarpEnvs(MujocoEnvs):
+    """The same on `device` by MuJoCo Warp: float32 views of its arrays, and nothing ever waits for the device."""
+
+    kind = "warp"
+
+    def build(self, model, num_envs):
+        import mujoco_warp
+        import warp
+        warp.config.log_level = warp.LOG_WARNING
+        contacts = 3 * model.ngeom  # a capsule lies on the floor at two points
+        with warp.ScopedDevice(str(self.device)):
+            m = mujoco_warp.put_model(model)
+            d = mujoco_warp.make_data(model, num_envs, nconmax=contacts, njmax=4 * contacts + model.njnt)
+            mujoco_warp.step(m, d)  # compiles
+            with warp.ScopedCapture() as capture:  # one launch a step: a CUDA graph, on a CPU one of Warp's own
+                for _ in range(self.env.frame_skip):
+                    mujoco_warp.step(m, d)
+        stream = warp.stream_from_torch(self.device) if self.device.type == "cuda" else None
+        self.advance = partial(warp.capture_launch, capture.graph, stream)
+        self.arrays = m, d  # kept alive: these are views of their memory
+        self.qpos, self.qvel = warp.to_torch(d.qpos), warp.to_torch(d.qvel)
+        self.ctrl, self.warmstart = warp.to_torch(d.ctrl), warp.to_torch(d.qacc_warmstart)
+
+    def restart(self, where):
+        for now, first in zip((self.qpos, self.qvel), self.draw_states()):
+            now.copy_(first.where(where[:, None], now))
+        self.warmstart.masked_fill_(where[:, None], 0)
 
 
 # ===== 8  The two baselines ===========================================================================================
@@ -827,11 +815,11 @@ class DPPO(NCDPO):
     """
 
     def __init__(self, obs_dim, act_dim, min_std=0.1, gamma_denoising=0.99, head=None, **chain):
-        super().__init__(obs_dim, act_dim, head=head or Gaussian(act_dim, min_std, fixed=True), **chain)
+        super().__init__(obs_dim, act_dim, head=head or Gaussian(act_dim, min_std).requires_grad_(False), **chain)
         std = (self.noise_scale * self.schedule.sigma).clamp(min=min_std)
         self.register_buffer("log_std", torch.log(std), persistent=False)  # of step k, (K + 1, 1)
         self.register_buffer("ks", torch.arange(self.K, 0, -1), persistent=False)  # K, ..., 1
-        self.register_buffer("weight", gamma_denoising ** (self.ks - 1), persistent=False)
+        self.gamma_denoising = gamma_denoising
 
     def act(self, obs, omega, noise):
         xs, log_probs = [omega[:, 0]], []
@@ -852,7 +840,7 @@ class DPPO(NCDPO):
 
     def objective(self, log_ratio, A, clip):
         """E12 for each of the K decisions: log_ratio (B, K), A (B,) discounted by the steps to go (E15)."""
-        return clipped_objective(log_ratio, A[:, None] * self.weight, clip)
+        return clipped_objective(log_ratio, A[:, None] * self.gamma_denoising ** (self.ks - 1), clip)
 
 
 def make_policy(c, obs_dim, act_dim, discrete):
@@ -899,22 +887,19 @@ def train(config, resume=None):
             kind = f"{config.num_envs} environments ({trainer.env.envs.kind}) on {trainer.device}"
             print(f"{config.algo} on {config.env}, seed {config.seed}: {kind}; writing {run}", flush=True)
             run_updates(trainer, run)
-    print(describe(evaluate(run, config.episodes)), flush=True)
+    print(describe(evaluate(run)), flush=True)
     return read_metrics(run)
 
 
 def run_updates(trainer, run):
-    """Iterate to the end: metrics.csv, checkpoints, progress. What stops it early leaves the last checkpoint."""
+    """Iterate to the end, with checkpoints and progress. What stops it early leaves the last checkpoint."""
     first, saved, recent = trainer.done, trainer.done, []
     started = checkpoint_at = time.perf_counter()
-    write(run / "metrics.csv", "\n".join([",".join(COLUMNS), *trainer.rows, ""]).encode())  # later ones come anew
     save_checkpoint(trainer, run)
     try:
         while trainer.done < trainer.updates:
             row = trainer.iterate()
             trainer.rows.append(",".join(f"{row[name]:.10g}" if name in row else "" for name in COLUMNS))
-            with open(run / "metrics.csv", "a") as file:
-                file.write(trainer.rows[-1] + "\n")
             recent = (recent + [row.get("return")] * row["episodes"])[-20:]
             now, done, total = time.perf_counter(), trainer.done, trainer.updates
             if 20 * done // total > 20 * (done - 1) // total:  # each twentieth
@@ -925,49 +910,44 @@ def run_updates(trainer, run):
             if now - checkpoint_at > CHECKPOINT_SECONDS or done == total:
                 save_checkpoint(trainer, run)
                 saved, checkpoint_at = done, now
-    finally:
-        if saved < trainer.updates:
-            print(f"ncdpo: stopped; go on after update {saved} by --resume {run}", file=sys.stderr)
+    except BaseException:
+        print(f"ncdpo: stopped; go on after update {saved} by --resume {run}", file=sys.stderr)
+        raise
 
 
 def new_run_folder(config):
     """runs/<env up to ?>__<algo>__<seed>, with -2, -3, ... behind it where that exists: no run is ever overwritten."""
     name = re.sub("[/:]", "_", config.env.split("?")[0]) + f"__{config.algo}__{config.seed}"
     run = Path(config.runs, name)
-    try:
+    with told("cannot make a folder for the run (check --runs)", OSError):
         run.parent.mkdir(parents=True, exist_ok=True)
         for n in itertools.count(2):
             with contextlib.suppress(FileExistsError):
                 run.mkdir()
                 return run
             run = Path(config.runs, f"{name}-{n}")
-    except OSError as error:
-        raise UserError(f"cannot make a folder for the run ({error}): check --runs") from error
 
 
 @contextlib.contextmanager
 def locked(run):
     """Only one process at a time may write into a run folder; the lock goes with the process."""
     with open(run / "lock", "w") as file:
-        try:
-            import fcntl
+        words = f"another process writes {run}, wait for it or stop it"
+        with contextlib.suppress(ImportError), told(words, OSError):
+            import fcntl  # Windows has another way
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has another way
-            pass
-        except OSError as error:
-            raise UserError(f"another process writes {run}: wait for it, or stop it") from error
         yield
 
 
 def write(path, content):
     """Write bytes atomically: a full disk or a kill in the middle leaves the old file as it was."""
     temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}): check folder and free space") from error
+    with told(f"cannot write {path} (check folder and free space)", OSError):
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_config(config, run):
@@ -977,14 +957,9 @@ def save_config(config, run):
     write(run / "config.json", json.dumps(vars(config) | {"versions": versions}, indent=2).encode())
 
 
-@contextlib.contextmanager
 def reading(run):
     """Whatever a damaged file raises becomes a UserError."""
-    try:
-        yield
-    except Exception as error:
-        why = str(error)[:300]
-        raise UserError(f"'{run}' is damaged, or no run folder of this version of ncdpo.py: {why}") from error
+    return told(f"'{run}' is damaged, or no run folder of this version of ncdpo.py", Exception)
 
 
 def load_config(run):
@@ -998,7 +973,8 @@ def load_config(run):
 
 
 def save_checkpoint(trainer, run):
-    """checkpoint.pt: tensors, numbers and strings only, which torch loads with weights_only=True."""
+    """metrics.csv, and checkpoint.pt: tensors, numbers and strings only, which torch loads with weights_only=True."""
+    write(run / "metrics.csv", "\n".join([",".join(COLUMNS), *trainer.rows, ""]).encode())
     state = {"spaces": trainer.env.spaces, "bounds": trainer.env.bounds, "update": trainer.done,
              "seconds": trainer.seconds, "rows": trainer.rows, "agent": trainer.agent.state_dict(),
              "optimizer": trainer.optimizer.state_dict(), "random": torch.get_rng_state()}
@@ -1006,16 +982,16 @@ def save_checkpoint(trainer, run):
     write(run / "checkpoint.pt", buffer.getvalue())
 
 
-def load_agent(run, where, /, **changed):
-    """Config (but for what is `changed`), Agent and whole checkpoint of a run folder, on the device `where`.
+def load_agent(run, **changed):
+    """Config (but for what is `changed`), Agent and whole checkpoint of a run folder, on the CPU.
 
     Raises UserError; warns if MuJoCo was another then.
     """
     config = dataclasses.replace(before := load_config(run), **changed)
     require_same(before, config, OF_NETWORK)
     with reading(run):
-        state = torch.load(Path(run, "checkpoint.pt"), map_location=where, weights_only=True)
-        agent = Agent(config, *state["spaces"]).to(where)
+        state = torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        agent = Agent(config, *state["spaces"])
         agent.load_state_dict(state["agent"])
         then, now = json.loads(Path(run, "config.json").read_text())["versions"]["mujoco"], version("mujoco")
     if then != now:
@@ -1027,8 +1003,7 @@ def require_same(before, config, names):
     """Raises UserError for the first of the fields `names` in which a configuration differs from that of its run."""
     for name in sorted(names):
         if getattr(before, name) != getattr(config, name):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"the run has {name} = {getattr(before, name)}: leave out {flag}")
+            raise UserError(f"the run has {name} = {getattr(before, name)}: leave out --{name.replace('_', '-')}")
 
 
 def require_spaces(env, state):
@@ -1039,14 +1014,12 @@ def require_spaces(env, state):
 
 def resume_from(trainer, run):
     """Go on from a run's own checkpoint, with new episodes (seeded by how far it had come)."""
-    _, agent, state = load_agent(run, trainer.device)
-    require_spaces(trainer.env, state)
-    trainer.agent.load_state_dict(agent.state_dict())
+    state = start_from(trainer, run)
     with reading(run):
         # an accelerator must not repeat its first noise
         torch.manual_seed(1_000 * trainer.config.seed + state["update"])
         trainer.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"].cpu())
+        torch.set_rng_state(state["random"])
         trainer.done, trainer.seconds, trainer.rows = state["update"], float(state["seconds"]), list(state["rows"])
     trainer.obs = trainer.env.reset(trainer.config.seed, trainer.done)
     if trainer.done >= trainer.updates:
@@ -1055,8 +1028,8 @@ def resume_from(trainer, run):
 
 
 def start_from(trainer, run):
-    """Start from another run's policy, critic and normalisers; NCDPO and DPPO can start from one another's."""
-    config, (before, agent, state) = trainer.config, load_agent(run, trainer.device)
+    """Start from a run's policy, critic and normalisers; NCDPO and DPPO can start from one another's. Its checkpoint."""
+    config, (before, agent, state) = trainer.config, load_agent(run)
     require_same(before, config, OF_NETWORK)
     require_spaces(trainer.env, state)
     if before.algo != config.algo and "ppo" in (before.algo, config.algo):
@@ -1064,31 +1037,32 @@ def start_from(trainer, run):
     if config.algo == "dppo" or (before.algo, before.init_std) != (config.algo, config.init_std):
         agent.policy.head = trainer.agent.policy.head  # keep our sigma
     trainer.agent.load_state_dict(agent.state_dict())
+    return state
 
 
 @torch.no_grad()
 @torch.random.fork_rng([])
-def evaluate(run, episodes=10, max_steps=100_000, **changed):
-    """Play a saved run in three ways, `episodes` each, to max_steps at most: {way: {"return": array, ...}}.
+def evaluate(run, episodes=None, max_steps=100_000, **changed):
+    """Play a saved run in three ways, `episodes` (the run's) each, to max_steps at most: {way: {"return": array, ...}}.
 
     "exploring" is the policy as it was trained; "mean action" leaves out the final Gaussian (or takes the likeliest
     choice); "zero noise" sets all noise of the chain to 0 as well, as policies are often deployed. Each environment
     plays one episode, so that short ones are not over-represented; of a game, `episodes` worlds, each agent has an
     entry. Also "length" and "success". `changed` are fields of Config. It runs on the CPU, all ways at once.
     """
-    config, agent, state = load_agent(run, torch.device("cpu"), **changed)
-    env = VectorEnv(config.env, 3 * episodes, torch.device("cpu"), chunk=config.action_chunk)
+    config, agent, state = load_agent(run, **changed)
+    count = 3 * (episodes or config.episodes)
+    env = VectorEnv(config.env, count, torch.device("cpu"), chunk=config.action_chunk)
     require_spaces(env, state)
     N, seed = env.num_envs, 1_000_003 + config.seed  # apart from training's
-    way = torch.arange(N) * 3 // N  # of each environment
     alive, sums = torch.ones(N, 1, dtype=torch.bool), torch.zeros(N, 3)
     with contextlib.closing(env):
         torch.default_generator.manual_seed(seed)
         obs = env.reset(seed, repeat=3)
         while alive.any() and sums[:, 1].max() < max_steps:  # some tasks never end
             omega, noise = agent.policy.draw_noise(N)
-            omega[way == 2] = 0
-            noise[way > 0] = 0
+            noise[N // 3:] = 0
+            omega[2 * N // 3:] = 0
             obs, reward, terminated, truncated, _ = env.step(agent.act(obs, omega, noise)[0])
             parts = reward.nansum(1), reward.isfinite().sum(1), env.envs.success
             sums += torch.stack(parts, 1).where(alive, 0)
@@ -1169,18 +1143,20 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, kinds = getattr(self, field.name), get_args(field.type) or [field.type]
-            low, high = LIMITS.get(field.name, (1, 1e12) if kinds[0] is int else (1e-12, 1e6))
-            if isinstance(kinds[0], str):
-                good, wanted = value in kinds, f"one of {', '.join(kinds)}"
-            elif kinds[0] in (int, float):
-                good = isinstance(value, numbers.Real) and low <= value <= high and kinds[0](value) == value
-                wanted = f"a{' whole' if kinds[0] is int else ''} number from {low:g} to {high:g}"
+            if value is None and type(None) in kinds:
+                continue
+            kind = kinds[0]
+            low, high = LIMITS.get(field.name, (1, 1e12) if kind is int else (1e-12, 1e6))
+            if isinstance(kind, str):
+                good, kind, wanted = value in kinds, str, f"one of {', '.join(kinds)}"
+            elif kind in (int, float):
+                good = isinstance(value, numbers.Real) and low <= value <= high and kind(value) == value
+                wanted = f"a{' whole' if kind is int else ''} number from {low:g} to {high:g}"
             else:
-                good, wanted = isinstance(value, (kinds[0], os.PathLike)) and value != "", f"a {kinds[0].__name__}"
-            if good:
-                setattr(self, field.name, value if isinstance(value, str) else kinds[0](value))
-            elif value is not None or type(None) not in kinds:
+                good, wanted = isinstance(value, (kind, os.PathLike)) and value != "", f"a {kind.__name__}"
+            if not good:
                 raise UserError(f"--{field.name.replace('_', '-')} must be {wanted}, and is {value!r}")
+            setattr(self, field.name, kind(value))
         if (self.sampling_steps or 1) > self.denoising_steps:
             raise UserError("--sampling-steps must not be more than --denoising-steps")
         if self.critic_warmup and not self.critic_learning_rate:
@@ -1192,9 +1168,9 @@ class Config:
         return cls(**{"env": env, **PRESETS.get(env.split("/")[-1].rsplit("-v", 1)[0], {}), **given})
 
 
-LIMITS = {"denoising_steps": (1, 100), "seed": (0, 2**31 - 1), "minibatch_size": (2, 1e9), "num_steps": (2, 1e6),
-          "hidden": (1, 4096), "critic_warmup": (0, 1e9), "ent_coef": (0, 1e6), "eta": (0, 1), "gamma": (0, 1),
-          "gae_lambda": (0, 1), "gamma_denoising": (0, 1)}
+LIMITS = {"denoising_steps": (1, 100), "minibatch_size": (2, 1e9), "num_steps": (2, 1e6), "hidden": (1, 4096),
+          **dict.fromkeys(("seed", "critic_warmup", "ent_coef"), (0, 1e9)),
+          **dict.fromkeys(("eta", "gamma", "gae_lambda", "gamma_denoising"), (0, 1))}
 PRESETS = {  # by the name of the task without its version; the same for all algorithms
     "HalfCheetah": dict(minibatch_size=1024, learning_rate=1e-3),
     "Hopper": dict(num_envs=16, num_steps=128, init_std=1.0, min_std=0.2, gamma=0.99, gae_lambda=0.95,
@@ -1239,7 +1215,7 @@ def main(arguments=None):
     try:
         config, evaluated, resumed, given = parse(arguments)
         if evaluated is not None:
-            print(describe(evaluate(evaluated, **{"episodes": config.episodes} | given)))
+            print(describe(evaluate(evaluated, **given)))
         else:
             train(config, resumed)
     except UserError as error:

@@ -157,7 +157,6 @@ def make(source, config, steps=20_000, learning_rate=1e-3):
             except BaseException:  # nothing could go on from there, and the folder's name is wanted
                 shutil.rmtree(run)
                 raise
-            ncdpo.write(run / "metrics.csv", (",".join(ncdpo.COLUMNS) + "\n").encode())
             ncdpo.save_checkpoint(trainer, run)
     return run
 

@@ -54,7 +54,7 @@ def record(run, steps, deterministic, part=0):
     """
     if steps < 1:
         raise UserError("--steps must be 1 or more for each run")
-    config, agent, _ = ncdpo.load_agent(run, CPU)
+    config, agent, _ = ncdpo.load_agent(run)
     copies = min(config.num_envs, max(1, steps // 2000))  # T of 2000 leaves room for whole episodes
     env, seed = ncdpo.VectorEnv(config.env, copies, CPU), 2_000_003 + config.seed  # apart from training, evaluation
     N, H = env.num_envs, config.action_chunk  # an agent of a game counts as an environment

@@ -48,5 +48,5 @@ def load_policy(run, way="zero noise"):
     """
     if way not in WAYS:
         raise ncdpo.UserError(f"way must be one of {', '.join(WAYS)}, and is {way!r}")
-    config, agent, state = ncdpo.load_agent(run, torch.device("cpu"))
+    config, agent, state = ncdpo.load_agent(run)
     return LoadedPolicy(agent, state["bounds"], config.action_chunk, way)

@@ -33,7 +33,7 @@ class ScoredSteps(ncdpo.DPPO):
         if not 1 <= scored_steps <= self.K:
             raise ncdpo.UserError(f"--scored-steps must be from 1 to {self.K}, the number of steps that are run")
         self.M, self.chain_gradient = scored_steps, chain_gradient
-        self.ks, self.weight = self.ks[-self.M:], self.weight[-self.M:]
+        self.ks = self.ks[-self.M:]
 
     def begin(self, obs, omega):
         """x_M (B, A) by the chain of E5 on its noise (x_K, z_K, ..., z_{M+1}), the first entries of omega."""

@@ -72,7 +72,7 @@ def play(run, max_steps=10_000):
     The episode is the one that `ncdpo.evaluate(run, episodes=1)` plays by the mean action: here, too, as one row of as
     many as there are ways to play, all of which draw from the same noise.
     """
-    config, agent, state = ncdpo.load_agent(run, CPU)
+    config, agent, state = ncdpo.load_agent(run)
     rows, row = 3, 1
     with drawing(config.env), closing(ncdpo.VectorEnv(config.env, rows, CPU, chunk=config.action_chunk)) as env:
         ncdpo.require_spaces(env, state)
@@ -102,27 +102,27 @@ class Film:
         self.frames, self.played = [], 0
         self.fps = self.screen.metadata.get("render_fps") or 30
         self.every = max(2, math.ceil(self.fps / 50))  # at more than 50 frames a second browsers slow a .gif down
-        self.pool, self.row = envs.pool if batched else None, row
+        self.envs, self.row = envs if batched else None, row
         if batched:  # its states are shown
             self.screen.reset()
         else:  # it is that row
             envs.tasks[row].close()
             envs.tasks[row] = self.screen
-        moving = self.pool or self.screen
-        step = moving.step
+        moving, name = (envs, "advance") if batched else (self.screen, "step")
+        step = getattr(moving, name)
 
-        def watched(action):
-            result = step(action)
+        def watched(*action):
+            result = step(*action)
             self.played += 1
             self.look()
             return result
 
-        moving.step = watched
+        setattr(moving, name, watched)
 
     def look(self):
         if self.played % self.every == 0:
-            if self.pool:
-                self.screen.unwrapped.set_state(self.pool.qpos[self.row].numpy(), self.pool.qvel[self.row].numpy())
+            if self.envs:
+                self.screen.unwrapped.set_state(self.envs.qpos[self.row].numpy(), self.envs.qvel[self.row].numpy())
             self.frames.append(self.screen.render())
             if self.frames[-1] is None:
                 raise UserError(f"{self.env_id} cannot be drawn: it knows no render_mode rgb_array")

@@ -63,7 +63,7 @@ def tipped(run, episodes=32):
 
     On its back or on its head the cheetah earns nothing and cannot rise, and its episode goes on to the limit.
     """
-    config, agent, _ = ncdpo.load_agent(run, torch.device("cpu"))
+    config, agent, _ = ncdpo.load_agent(run)
     if not config.env.startswith("HalfCheetah"):
         raise ncdpo.UserError(f"{run} is a run of {config.env}, but only HalfCheetah can lie on its back")
     env = ncdpo.VectorEnv(config.env, episodes, torch.device("cpu"), chunk=config.action_chunk)

@@ -287,7 +287,7 @@ def probe(run, starts=25, repeats=4):
     success; noise_share, how much of the variance of success lies between episodes that start alike (the rest is
     decided by the start); and of the failures the shares that left the object where it was, and that moved it.
     """
-    config, agent, _ = ncdpo.load_agent(run, CPU)
+    config, agent, _ = ncdpo.load_agent(run)
     ways = ["both", "chain", "final"] if agent.policy.K else ["final"]
     N = starts * repeats
     rows = []

@@ -530,7 +530,7 @@ def figure():
     picture = Figure(figsize=(14, 2.7), layout="constrained")
     *panels, last = picture.subplots(1, 6, width_ratios=[1, 1, 1, 1, 1, 1.3])
     for axes, (title, run) in zip(panels, shown.items()):
-        success, _, _, paths = play(ncdpo.load_agent(run, CPU)[1], "notebooks.modes:goals")
+        success, _, _, paths = play(ncdpo.load_agent(run)[1], "notebooks.modes:goals")
         for path, arrived in zip(paths[:80], success):
             color = "#333333" if arrived else "#d62728"
             axes.plot(*np.r_[np.zeros((1, 2)), path].T, color=color, linewidth=0.7, alpha=0.5)
