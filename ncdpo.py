@@ -71,6 +71,8 @@ class Schedule(nn.Module):
 
     def __init__(self, steps, predict="sample", eta=1.0, clip=1.0, sampling_steps=None):
         super().__init__()
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be from 0 to 1, and is {eta}")
         self.steps, self.K, self.predict, self.clip = steps, sampling_steps or steps, predict, clip
         self.register_buffer("taus", torch.tensor([self.tau(k) for k in range(self.K + 1)]), persistent=False)
         f = torch.cos((torch.arange(steps + 1).double() / steps + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -328,8 +330,9 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
     value_loss = 0.5 * F.mse_loss(critic(obs).squeeze(-1), target)
     entropy = entropy.mean()
     loss = -objective + vf_coef * value_loss - ent_coef * entropy
-    return loss, {"policy_loss": -objective, "value_loss": value_loss, "entropy": entropy, "approx_kl": kl,
-                  "clip_fraction": clipped}
+    diagnostics = {"policy_loss": -objective, "value_loss": value_loss, "entropy": entropy, "approx_kl": kl,
+                   "clip_fraction": clipped}
+    return loss, {name: value.detach() for name, value in diagnostics.items()}
 
 
 def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, max_grad_norm=0.5):
@@ -348,7 +351,7 @@ def ppo_update(loss_function, batch, optimizer, epochs=5, minibatch_size=512, ma
             loss.backward()
             norms = [nn.utils.clip_grad_norm_(group["params"], max_grad_norm) for group in optimizer.param_groups]
             optimizer.step()
-            taken.append(torch.stack([*diagnostics.values(), norms[0]]).detach())
+            taken.append(torch.stack([*diagnostics.values(), norms[0]]))
     means = torch.stack(taken).mean(0).tolist()  # the only wait for an accelerator
     return dict(zip([*diagnostics, "grad_norm"], means))
 
@@ -360,12 +363,12 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def told(words, *kinds):
-    """Errors of these kinds become a UserError that begins with these words."""
+def told(words, *kinds, most=None):
+    """Errors of these kinds become a UserError: these words, and the first `most` characters of the error's own."""
     try:
         yield
     except kinds as error:
-        raise UserError(f"{words}: {str(error)[:300]}") from error
+        raise UserError(f"{words}: {str(error)[:most]}") from error
 
 
 class Agent(nn.Module):
@@ -450,8 +453,9 @@ class Trainer:
 
     def finished(self, rollout):
         """Return, length and success of the episodes that ended, (episodes, 3); call once a rollout."""
-        reward, ended = rollout["reward"].double(), rollout["ended"]
-        parts = torch.stack([reward.nansum(-1), reward.isfinite().sum(-1), rollout["success"]], -1)
+        # success is where the simulator is, which may be another device
+        ended, reward, success = (rollout[name].cpu() for name in ("ended", "reward", "success"))
+        parts = torch.stack([reward.double().nansum(-1), reward.isfinite().sum(-1), success], -1)
         sums, self.so_far = discounted_sums(parts, ended[..., None], self.so_far, gamma=1.0)
         return sums[ended]
 
@@ -570,15 +574,15 @@ def make_env(env_id, **more):
     """gym.make without warnings of age; raises UserError for an unknown name or a missing package."""
     entry = str(getattr(gym.registry.get(env_id), "entry_point", ""))
     words, kinds = f"cannot make {env_id}", [gym.error.Error, ImportError]
-    if re.match("gymnasium_robotics|metaworld", entry):
-        words += (f" with MuJoCo {version('mujoco')}; its suite may want MuJoCo 3 (pip install 'mujoco<4', in an "
+    if re.match("gymnasium_robotics|metaworld", entry) and not version("mujoco").startswith("3."):
+        words += (f" with MuJoCo {version('mujoco')}; its suite wants MuJoCo 3 (pip install 'mujoco<4', in an "
                   "environment of its own)")
         kinds += [AssertionError, ValueError]
-    if "mujoco" in entry:
-        import mujoco
-        mujoco.set_mju_user_warning(lambda message: None)  # most are on the age of Gymnasium's models
     with told(words, *kinds), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium on the age of -v4
+        if "mujoco" in entry:
+            import mujoco
+            mujoco.set_mju_user_warning(lambda message: None)  # most are on the age of Gymnasium's models
         return gym.make(env_id, disable_env_checker=True, **more)
 
 
@@ -651,8 +655,8 @@ def batched_envs(env, num_envs, chunk, device, vector):
     known = re.fullmatch(r"gymnasium\.envs\.mujoco\.(half_cheetah|hopper|walker2d)_v[45]", type(env).__module__)
     warp = known and importlib.util.find_spec("mujoco_warp")
     if vector == "warp" and not warp:
-        raise UserError("--vector warp has HalfCheetah, Hopper and Walker2d alone, and needs MuJoCo Warp: "
-                        "pip install mujoco-warp (Python 3.11 or newer), or give --vector auto")
+        raise UserError("--vector warp " + ("needs MuJoCo Warp: pip install mujoco-warp (Python 3.11 or newer)" if known
+                                            else "has HalfCheetah, Hopper and Walker2d alone: give --vector auto"))
     if vector == "warp" or device.type == "cuda" and warp:
         return WarpEnvs(env, limit, num_envs, chunk, device)
     if known and importlib.util.find_spec("mujoco.batch"):  # it came with MuJoCo 3.17
@@ -892,14 +896,17 @@ def train(config, resume=None):
 
 
 def run_updates(trainer, run):
-    """Iterate to the end, with checkpoints and progress. What stops it early leaves the last checkpoint."""
+    """Iterate to the end: metrics.csv, checkpoints, progress. What stops it early leaves the last checkpoint."""
     first, saved, recent = trainer.done, trainer.done, []
     started = checkpoint_at = time.perf_counter()
+    write(run / "metrics.csv", "\n".join([",".join(COLUMNS), *trainer.rows, ""]).encode())  # later ones come anew
     save_checkpoint(trainer, run)
     try:
         while trainer.done < trainer.updates:
             row = trainer.iterate()
             trainer.rows.append(",".join(f"{row[name]:.10g}" if name in row else "" for name in COLUMNS))
+            with open(run / "metrics.csv", "a") as file:
+                file.write(trainer.rows[-1] + "\n")
             recent = (recent + [row.get("return")] * row["episodes"])[-20:]
             now, done, total = time.perf_counter(), trainer.done, trainer.updates
             if 20 * done // total > 20 * (done - 1) // total:  # each twentieth
@@ -959,7 +966,7 @@ def save_config(config, run):
 
 def reading(run):
     """Whatever a damaged file raises becomes a UserError."""
-    return told(f"'{run}' is damaged, or no run folder of this version of ncdpo.py", Exception)
+    return told(f"'{run}' is damaged, or no run folder of this version of ncdpo.py", Exception, most=300)
 
 
 def load_config(run):
@@ -973,8 +980,7 @@ def load_config(run):
 
 
 def save_checkpoint(trainer, run):
-    """metrics.csv, and checkpoint.pt: tensors, numbers and strings only, which torch loads with weights_only=True."""
-    write(run / "metrics.csv", "\n".join([",".join(COLUMNS), *trainer.rows, ""]).encode())
+    """checkpoint.pt: tensors, numbers and strings only, which torch loads with weights_only=True."""
     state = {"spaces": trainer.env.spaces, "bounds": trainer.env.bounds, "update": trainer.done,
              "seconds": trainer.seconds, "rows": trainer.rows, "agent": trainer.agent.state_dict(),
              "optimizer": trainer.optimizer.state_dict(), "random": torch.get_rng_state()}
@@ -1028,7 +1034,7 @@ def resume_from(trainer, run):
 
 
 def start_from(trainer, run):
-    """Start from a run's policy, critic and normalisers; NCDPO and DPPO can start from one another's. Its checkpoint."""
+    """Start from a run's policy, critic and normalisers (NCDPO and DPPO from one another's); gives its checkpoint."""
     config, (before, agent, state) = trainer.config, load_agent(run)
     require_same(before, config, OF_NETWORK)
     require_spaces(trainer.env, state)
@@ -1042,17 +1048,17 @@ def start_from(trainer, run):
 
 @torch.no_grad()
 @torch.random.fork_rng([])
-def evaluate(run, episodes=None, max_steps=100_000, **changed):
-    """Play a saved run in three ways, `episodes` (the run's) each, to max_steps at most: {way: {"return": array, ...}}.
+def evaluate(run, *, max_steps=100_000, **changed):
+    """Play a saved run in three ways, `episodes` each, to max_steps at most: {way: {"return": array, ...}}.
 
     "exploring" is the policy as it was trained; "mean action" leaves out the final Gaussian (or takes the likeliest
     choice); "zero noise" sets all noise of the chain to 0 as well, as policies are often deployed. Each environment
     plays one episode, so that short ones are not over-represented; of a game, `episodes` worlds, each agent has an
-    entry. Also "length" and "success". `changed` are fields of Config. It runs on the CPU, all ways at once.
+    entry. Also "length" and "success". `changed` are fields of Config, as `episodes` is. It runs on the CPU, all ways
+    at once.
     """
     config, agent, state = load_agent(run, **changed)
-    count = 3 * (episodes or config.episodes)
-    env = VectorEnv(config.env, count, torch.device("cpu"), chunk=config.action_chunk)
+    env = VectorEnv(config.env, 3 * config.episodes, torch.device("cpu"), chunk=config.action_chunk)
     require_spaces(env, state)
     N, seed = env.num_envs, 1_000_003 + config.seed  # apart from training's
     alive, sums = torch.ones(N, 1, dtype=torch.bool), torch.zeros(N, 3)
@@ -1169,7 +1175,7 @@ class Config:
 
 
 LIMITS = {"denoising_steps": (1, 100), "minibatch_size": (2, 1e9), "num_steps": (2, 1e6), "hidden": (1, 4096),
-          **dict.fromkeys(("seed", "critic_warmup", "ent_coef"), (0, 1e9)),
+          "seed": (0, 2**31 - 1), "critic_warmup": (0, 1e9), "ent_coef": (0, 1e6),
           **dict.fromkeys(("eta", "gamma", "gae_lambda", "gamma_denoising"), (0, 1))}
 PRESETS = {  # by the name of the task without its version; the same for all algorithms
     "HalfCheetah": dict(minibatch_size=1024, learning_rate=1e-3),

@@ -68,6 +68,7 @@ from torch.distributions import Categorical, Normal
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import ncdpo
 from ncdpo import UserError, VectorEnv, main, make_env
@@ -708,6 +709,28 @@ def test_episodes_are_counted_across_rollouts():
     assert episodes == [[72, 8, 1], [6, 3, 0], [20.5, 2, 0], [3, 1, 1]]
     finished([[0, 0], [0, 0], [1, 1]], [[0.0, 0], [0, 0], [math.nan, 0]])  # a task may tell it now and then
     assert finished([[0, 0], [0, 0], [1, 1]], [[0.0, 0], [0, 0], [1, 1]])[0][2] == 1
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor as on another device: no operation takes it together with plain ones, and cpu() makes it plain."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
+            assert len({type(x) for x in tensors}) <= 1, "tensors of two devices"
+            kind = torch.Tensor if func is torch.Tensor.cpu else cls
+            return tree_map(lambda x: x.as_subclass(kind) if isinstance(x, torch.Tensor) else x,
+                            func(*args, **kwargs or {}))
+
+
+def test_episodes_are_counted_where_the_simulator_is_on_another_device():
+    with pytest.raises(AssertionError, match="two devices"):
+        torch.stack([torch.ones(2).as_subclass(Elsewhere), torch.ones(2)])
+    trainer = ncdpo.Trainer(config(env="CartPole-v1", num_steps=64))
+    rollout = trainer.play()
+    moved = {name: x if name == "success" else x.as_subclass(Elsewhere) for name, x in rollout.items()}
+    assert torch.equal(trainer.finished(moved)[:, :2], ncdpo.Trainer.finished(ncdpo.Trainer(config()), rollout)[:, :2])
 
 
 @pytest.mark.parametrize("algo, env, H, g", [
@@ -1472,7 +1495,7 @@ def test_a_gpu_without_warp_and_a_mujoco_without_batches_serve_the_same_tasks(mo
     missing.add("mujoco.batch")
     assert served("cuda") is served("cpu") is None and VectorEnv("Hopper-v5", 1, CPU).envs.kind == "sync"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "mujoco_warp")
-    monkeypatch.setattr(ncdpo, "WarpEnvs", lambda *given: chosen.append(given[-1].type) or ncdpo.MujocoEnvs(*given[:-1]))
+    monkeypatch.setattr(ncdpo, "WarpEnvs", lambda *rest: chosen.append(rest[-1].type) or ncdpo.MujocoEnvs(*rest[:-1]))
     assert served("cuda") and served("cpu") is None and chosen == ["cuda"]
 
 
@@ -1742,7 +1765,7 @@ def test_training_closes_all_environments_that_it_made(tmp_path, monkeypatch):
 
 def test_an_episode_that_was_cut_off_tells_no_success(own, tmp_path):
     run, _ = a_clone(tmp_path / "run", env=own(Tiny, steps=10**6))
-    assert np.isnan(ncdpo.evaluate(run, 2, max_steps=20)["mean action"]["success"]).all()
+    assert np.isnan(ncdpo.evaluate(run, episodes=2, max_steps=20)["mean action"]["success"]).all()
 
 
 def test_an_evaluation_is_described_by_mean_spread_and_range():
@@ -1848,7 +1871,7 @@ def test_resumed_run_equals_one_that_was_never_interrupted(tmp_path, monkeypatch
         ncdpo.train(c)
     monkeypatch.undo()
     whole, cut = (tmp_path / name / "TinyFixed-v0__ncdpo__1" for name in ("whole", "cut"))
-    assert checkpoint_of(cut)["update"] == len(rows_of(cut)) == 2  # the third is lost
+    assert checkpoint_of(cut)["update"] == 2 and len(rows_of(cut)) == 3  # a row that no checkpoint has
     history = ncdpo.train(c, resume=cut)
     assert history["update"].tolist() == [1, 2, 3, 4, 5] and (np.diff(history["seconds"]) > 0).all()
     assert rows_of(cut) == rows_of(whole) and same(checkpoint_of(cut), checkpoint_of(whole))
@@ -1881,7 +1904,7 @@ WAYS = ["exploring", "mean action", "zero noise"]
 
 def test_printed_evaluation_is_that_of_a_later_one_in_python_and_on_the_command_line(finished, capsys):
     run, printed = finished
-    later = ncdpo.describe(ncdpo.evaluate(run, 2)).splitlines()
+    later = ncdpo.describe(ncdpo.evaluate(run, episodes=2)).splitlines()
     assert [line.split(":")[0].strip() for line in later] == WAYS
     assert all("return" in line and line in printed.splitlines() for line in later)
     assert main(["--evaluate", str(run)]) == 0 and capsys.readouterr().out.splitlines() == later
@@ -1891,7 +1914,7 @@ def test_evaluation_leaves_random_state_and_run_alone(run):
     before, files = torch.get_rng_state(), contents(run)
     np.random.seed(0)
     numbers = np.random.get_state()[1].copy()
-    one, two = ncdpo.evaluate(run, 3), ncdpo.evaluate(run, 3)
+    one, two = ncdpo.evaluate(run, episodes=3), ncdpo.evaluate(run, episodes=3)
     assert all(np.array_equal(one[way]["return"], two[way]["return"]) for way in WAYS) and contents(run) == files
     assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numbers)
 
@@ -1900,7 +1923,7 @@ def test_evaluation_leaves_random_state_and_run_alone(run):
 def test_evaluation_plays_one_whole_episode_in_each_environment(tmp_path, algo):
     history = ncdpo.train(config(env="Tiny-v0", algo=algo, runs=tmp_path, total_timesteps=64, episodes=1))
     assert history["length"] == 8 and history["return"] >= 8 * 5
-    result = ncdpo.evaluate(tmp_path / f"Tiny-v0__{algo}__1", 5)
+    result = ncdpo.evaluate(tmp_path / f"Tiny-v0__{algo}__1", episodes=5)
     assert list(result) == WAYS
     for way in WAYS:
         assert result[way]["length"].tolist() == [8] * 5
@@ -1912,7 +1935,7 @@ def test_evaluation_counts_first_episodes_and_leaves_the_heads_noise_out_where_i
     step, sample, played = VectorEnv.step, ncdpo.Categorical.sample, []
     monkeypatch.setattr(VectorEnv, "step", lambda *given: played.append(step(*given)) or played[-1])
     monkeypatch.setattr(ncdpo.Categorical, "sample", lambda *given: sample(*given) * given[-1].any(-1))
-    result = ncdpo.evaluate(run, 8)
+    result = ncdpo.evaluate(run, episodes=8)
     ended = torch.stack([terminated | truncated for _, _, terminated, truncated, _ in played]).int()
     for way, part in zip(WAYS, ended.split(8, 1), strict=True):
         assert result[way]["length"].tolist() == result[way]["return"].tolist() == (part.argmax(0) + 1).tolist()
@@ -1923,7 +1946,7 @@ def test_evaluation_counts_first_episodes_and_leaves_the_heads_noise_out_where_i
 
 def test_evaluation_of_a_task_without_an_end_stops_at_max_steps(tmp_path):
     run = untrained(tmp_path, env="Tiny-v0")
-    result = ncdpo.evaluate(run, 2, max_steps=9, env="TinyEndless-v0")
+    result = ncdpo.evaluate(run, episodes=2, max_steps=9, env="TinyEndless-v0")
     assert [values["length"].tolist() for values in result.values()] == 3 * [[9, 9]]
 
 
@@ -1935,7 +1958,7 @@ def test_evaluation_normalises_as_training_did_and_starts_elsewhere_in_each_way_
     monkeypatch.setattr(ncdpo.NCDPO, "mean", lambda self, obs, omega: seen.append(obs) or mean(self, obs, omega))
     ncdpo.Trainer(config())
     monkeypatch.delattr(ncdpo.Normalizer, "update")
-    ncdpo.evaluate(run, 2)
+    ncdpo.evaluate(run, episodes=2)
     training, start = starts
     ways = start.split(2)
     assert len(ways) == 3 and all(torch.equal(way, ways[0]) for way in ways) and len(start.unique()) == 2 * 4
@@ -1950,7 +1973,7 @@ def test_zero_noise_is_the_chain_run_on_no_noise_in_a_loop_over_the_task(tmp_pat
     run, _ = a_clone(tmp_path / "run", env="TinyBox-v0", algo=algo, action_chunk=2, denoising_steps=3)
     reset, starts = VectorEnv.reset, []
     monkeypatch.setattr(VectorEnv, "reset", lambda *given, **more: starts.append(reset(*given, **more)) or starts[-1])
-    result = ncdpo.evaluate(run, 3, **fields)
+    result = ncdpo.evaluate(run, episodes=3, **fields)
     _, agent, _ = ncdpo.load_agent(run, **fields)
     low, high, expected = np.tile(BOX.low, 2), np.tile(BOX.high, 2), []
     assert agent.policy.K == fields.get("sampling_steps", 3)
@@ -1969,19 +1992,19 @@ def test_zero_noise_is_the_chain_run_on_no_noise_in_a_loop_over_the_task(tmp_pat
         expected.append(sum(rewards))
     np.testing.assert_allclose(result["zero noise"]["return"], expected, rtol=1e-5)
     assert not np.isclose(result["zero noise"]["return"], result["mean action"]["return"], rtol=1e-3).any()
-    faint = ncdpo.evaluate(run, 3, noise_scale=1e-9, **fields)["mean action"]["return"]
+    faint = ncdpo.evaluate(run, episodes=3, noise_scale=1e-9, **fields)["mean action"]["return"]
     assert algo == "dppo" or np.allclose(faint, expected, rtol=1e-5)  # DPPO's steps have a floor of min_std
 
 
 def test_a_run_is_evaluated_with_other_fields(tmp_path, capsys):
     """On the command line: in another task of the same spaces, with fewer steps, with less noise."""
     run, _ = a_clone(tmp_path / "run", env="TinyBox-v0")
-    result = ncdpo.describe(ncdpo.evaluate(run, 3, env="TinyEnds-v0", sampling_steps=2, noise_scale=0.5))
+    result = ncdpo.describe(ncdpo.evaluate(run, episodes=3, env="TinyEnds-v0", sampling_steps=2, noise_scale=0.5))
     flags = "--env TinyEnds-v0 --sampling-steps 2 --noise-scale 0.5 --episodes 3".split()
     assert main(["--evaluate", str(run), *flags]) == 0 and capsys.readouterr().out == result + "\n"
     assert result.count("length 7.0") == 3  # where it was trained an episode has 8 steps
     fields = [{}, dict(sampling_steps=2), dict(noise_scale=0.5)]
-    exploring = [ncdpo.evaluate(run, 3, **given)["exploring"]["return"].tolist() for given in fields]
+    exploring = [ncdpo.evaluate(run, episodes=3, **given)["exploring"]["return"].tolist() for given in fields]
     assert all(one != other for one, other in itertools.combinations(exploring, 2))
     assert "other observations or actions" in complaint(capsys, "--evaluate", run, "--env", "Tiny-v0")
 
@@ -2004,7 +2027,7 @@ def test_ctrl_c_says_how_to_go_on_and_loses_only_the_updates_since_the_checkpoin
     run, error, kept = tmp_path / "CartPole-v1__ncdpo__1", capsys.readouterr().err, 3 if after else 0
     assert error.startswith("ncdpo: stopped") and f"update {kept}" in error and f"--resume {run}" in error
     assert code == 130 and error.count("\n") == 1
-    assert checkpoint_of(run)["update"] == len(rows_of(run)) == kept
+    assert checkpoint_of(run)["update"] == kept and len(rows_of(run)) == after
     monkeypatch.undo()
     assert main(["--resume", str(run)]) == 0
     assert [row["update"] for row in rows_of(run)] == ["1", "2", "3", "4", "5", "6"]
@@ -2287,7 +2310,7 @@ def test_help_says_what_each_field_is_and_its_default(capsys):
         assert re.sub(r"\s", "", f"{text} [{getattr(ncdpo.Config, name)}]") in re.sub(r"\s", "", printed)
 
 
-@pytest.mark.parametrize("file, nth", [("config", 1), ("metrics", 1), ("metrics", 3), ("checkpoint", 1), ("checkpoint", 3)])
+@pytest.mark.parametrize("file, nth", [("config", 1), ("metrics", 1), ("checkpoint", 1), ("checkpoint", 3)])
 def test_a_full_disk_keeps_the_previous_file(run, capsys, monkeypatch, each_update, file, nth):
     before, write, calls = contents(run), Path.write_bytes, []
 
@@ -2307,6 +2330,18 @@ def test_a_full_disk_keeps_the_previous_file(run, capsys, monkeypatch, each_upda
     monkeypatch.undo()
     assert main(["--resume", str(run), "--total-timesteps", "512"]) == 0
     assert [row["update"] for row in rows_of(run)] == [str(i) for i in range(1, 9)]
+
+
+def test_a_full_disk_shows_as_such_where_metrics_grow_and_keeps_the_checkpoint(run, capsys, monkeypatch):
+    def full(path, mode="r", **more):
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return open(path, mode, **more)
+
+    monkeypatch.setattr(ncdpo, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        main(["--resume", str(run), "--total-timesteps", "512"])
+    assert f"--resume {run}" in capsys.readouterr().err and checkpoint_of(run)["update"] == 4
 
 
 @pytest.mark.parametrize("wrong", ["observation", "infinity", "reward"])
@@ -2677,7 +2712,7 @@ def test_a_cloned_expert_with_discrete_actions_reaches_its_return(tmp_path, caps
                                       for key, x in zip(cloning.DEMO_KEYS, zip(*rows))})
     run = cloning.make(path, config(algo=algo, denoising_steps=10, hidden=64, runs=tmp_path), 1000, 3e-3)
     assert "8 episodes, 4,000 steps, mean return 500.0\n" in capsys.readouterr().out
-    assert ncdpo.evaluate(run, 8)["mean action"]["return"].mean() > 450
+    assert ncdpo.evaluate(run, episodes=8)["mean action"]["return"].mean() > 450
     with np.load(path) as file:
         demos = dict(file)
     for wrong in (2, -1, 0.5, np.nan):
@@ -2756,7 +2791,7 @@ def test_a_clone_is_a_run_folder_without_updates_whose_preset_travels_on(tmp_pat
     assert cloning.main([str(word) for word in (path, *flags)]) == 0
     run = tmp_path / "TinyBox-v0__ncdpo__1"
     printed = capsys.readouterr().out
-    assert printed.count("cloning steps") == 20 and ncdpo.describe(ncdpo.evaluate(run, 3)) in printed
+    assert printed.count("cloning steps") == 20 and ncdpo.describe(ncdpo.evaluate(run, episodes=3)) in printed
     assert set(path.name for path in run.iterdir()) == {"config.json", "checkpoint.pt", "metrics.csv", "lock"}
     assert rows_of(run) == [] and checkpoint_of(run)["update"] == 0
     changed = dict(runs=tmp_path, action_chunk=2, num_envs=2, hidden=16, device="cpu", episodes=3)
@@ -2897,7 +2932,7 @@ def test_training_stops_once_twenty_episodes_have_the_mean_return_asked_for(demo
     assert demos.main(["train", "10", *arguments("CartPole-v1", tmp_path), "--total-timesteps", "4096"]) == 0
     run = tmp_path / "CartPole-v1__ncdpo__1"
     assert ncdpo.read_metrics(run)["update"].tolist() == [1, 2, 3, 4, 5, 6, 7] and checkpoint_of(run)["update"] == 7
-    assert ncdpo.describe(ncdpo.evaluate(run, 1)) in capsys.readouterr().out
+    assert ncdpo.describe(ncdpo.evaluate(run, episodes=1)) in capsys.readouterr().out
 
 
 def test_recorded_demonstrations_are_what_the_run_plays(demos, clone, tmp_path, capsys):
@@ -2954,7 +2989,7 @@ def test_recorded_episodes_start_elsewhere_than_those_of_training_and_evaluation
 
     monkeypatch.setattr(VectorEnv, "reset", watched)
     ncdpo.Trainer(config(env="TinyBox-v0"))
-    ncdpo.evaluate(clone[0], 2)
+    ncdpo.evaluate(clone[0], episodes=2)
     demos.record(clone[0], 30, False)
     assert len(starts[-1]) == 1 and not torch.isin(starts[-1], torch.cat(starts[:-1])).any()
 
@@ -3125,7 +3160,7 @@ def test_deploy_a_loaded_policy_acts_on_raw_observations_as_an_evaluation_does(t
             total, ended = total + float(np.squeeze(reward)), terminated or truncated
             if ended:
                 break
-    assert total == pytest.approx(ncdpo.evaluate(run, 1)["zero noise"]["return"].item(), rel=1e-5)
+    assert total == pytest.approx(ncdpo.evaluate(run, episodes=1)["zero noise"]["return"].item(), rel=1e-5)
     obs = torch.randn(5, len(np.ravel(obs)))
     for way in WAYS:
         policy = deploy.load_policy(run, way)
@@ -3188,7 +3223,7 @@ def test_film_shows_an_evaluations_episode_at_its_true_speed(film, tmp_path, cap
     monkeypatch.setitem(Tiny.metadata, "render_fps", fps)
     run = untrained(tmp_path, env=env, algo=algo, action_chunk=1 if env == "Tiny-v0" else 4, init_std=2.0)
     shades, time, steps, score = film_of(film, capsys, run, tmp_path / "film.gif")
-    expected = ncdpo.evaluate(run, 1)["mean action"]
+    expected = ncdpo.evaluate(run, episodes=1)["mean action"]
     assert score == pytest.approx(expected["return"][0], abs=0.06) and steps == expected["length"][0]
     assert shades == [7 * t for t in range(0, steps + 1, every)]
     assert time == pytest.approx(1000 * every * len(shades) / fps, abs=10)
@@ -3207,7 +3242,7 @@ def test_film_takes_frames_observations_and_rewards_of_many_kinds(film, tmp_path
     shades, time, steps, score = film_of(film, capsys, run, tmp_path / "film.gif")
     assert shades == [0, 14, 28, 42, 56] and steps == 9  # at 30 a second
     assert time == pytest.approx(1000 * 2 * 5 / 30, abs=10)
-    assert score == pytest.approx(ncdpo.evaluate(run, 1)["mean action"]["return"][0], abs=0.06)
+    assert score == pytest.approx(ncdpo.evaluate(run, episodes=1)["mean action"]["return"][0], abs=0.06)
 
 
 @pytest.mark.parametrize("env, chunk, algo", [("Hopper-v4", 1, "ncdpo"), ("Walker2d-v5", 1, "ppo"),
@@ -3229,7 +3264,7 @@ def test_film_of_a_batched_task_draws_the_states_that_are_played(film, tmp_path,
     for t in range(0, steps, math.lcm(every, chunk)):  # velocities are cut off at 10
         np.testing.assert_allclose(drawn[t // every].clip(-10, 10), seen[t // chunk].clip(-10, 10), atol=1e-12)
     monkeypatch.undo()
-    expected = ncdpo.evaluate(run, 1)["mean action"]
+    expected = ncdpo.evaluate(run, episodes=1)["mean action"]
     assert steps == expected["length"][0] and sum(rewards) == pytest.approx(expected["return"][0], rel=1e-5)
 
 
@@ -3240,7 +3275,7 @@ def test_film_of_a_real_task(film, tmp_path, env):
         frames, _, rewards = film.play(run)
     except UserError as error:  # no pygame, no screen
         pytest.skip(str(error))
-    assert len(rewards) == ncdpo.evaluate(run, 1)["mean action"]["length"][0]
+    assert len(rewards) == ncdpo.evaluate(run, episodes=1)["mean action"]["length"][0]
     assert frames[0].dtype == np.uint8 and frames[0].ndim == 3 and (frames[0] != frames[-1]).any()
 
 
@@ -4064,7 +4099,7 @@ def test_a_run_of_a_game_does_not_change_with_what_else_is_played_in_its_process
         return rows
 
     alone = metrics(lambda: None)
-    assert metrics(lambda: ncdpo.evaluate(run, 2)) == alone
+    assert metrics(lambda: ncdpo.evaluate(run, episodes=2)) == alone
     other.reset(1)
     assert metrics(lambda: other.step(torch.zeros(9, dtype=torch.long))) == alone
 
@@ -4090,7 +4125,7 @@ def test_a_team_is_trained_recorded_and_cloned(games, demos, tmp_path, capsys, a
     ended = [3 * (32 // 3), 3 * (32 // 4)]  # in the first update, by world
     assert history["episodes"][0] == sum(ended) and history["success"][0] == pytest.approx(ended[0] / sum(ended))
     assert "success 50.0%" in capsys.readouterr().out  # of the worlds 0 and 1, after training
-    for first, values in zip((0, 4, 8), ncdpo.evaluate(run, 4).values()):  # the four worlds of each way
+    for first, values in zip((0, 4, 8), ncdpo.evaluate(run, episodes=4).values()):  # the four worlds of each way
         assert values["length"].tolist() == np.repeat([min(3 + first + i, 12) for i in range(4)], 3).tolist()
         assert values["success"].tolist() == np.repeat([first + i not in (1, 10, 11) for i in range(4)], 3).tolist()
     assert demos.main(["record", str(run), str(path), "--steps", "600"]) == 0
@@ -4403,7 +4438,7 @@ def test_runs_over_goals_become_a_table_and_a_figure(tmp_path, monkeypatch, caps
     modes.main(["figure"])
     assert (tmp_path / "modes.png").stat().st_size > 10_000
     run = tmp_path / "runs" / "dense" / "ncdpo" / "notebooks.modes_goals__ncdpo__1"
-    assert np.isfinite(ncdpo.evaluate(run, 4)["exploring"]["success"]).all()
+    assert np.isfinite(ncdpo.evaluate(run, episodes=4)["exploring"]["success"]).all()
     for line, complaint in {
             "x --lines ncdpo --seeds 1 --jobs 1 -- --total-timesteps 9": "--total-timesteps 9 has no room",
             "dense --lines ncdpo --seeds 1": "there is ",  # the figure would show what was there before

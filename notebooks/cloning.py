@@ -157,6 +157,7 @@ def make(source, config, steps=20_000, learning_rate=1e-3):
             except BaseException:  # nothing could go on from there, and the folder's name is wanted
                 shutil.rmtree(run)
                 raise
+            ncdpo.write(run / "metrics.csv", (",".join(ncdpo.COLUMNS) + "\n").encode())
             ncdpo.save_checkpoint(trainer, run)
     return run
 
@@ -175,7 +176,7 @@ def main(arguments=None):
         if evaluated or resumed or config.init_from:
             raise UserError("a clone is a new run: leave out --evaluate, --resume and --init-from")
         run = make(line.demos, config, line.bc_steps, line.bc_learning_rate)
-        print(ncdpo.describe(ncdpo.evaluate(run, config.episodes)), flush=True)
+        print(ncdpo.describe(ncdpo.evaluate(run)), flush=True)
     except UserError as error:
         print(f"cloning: {' '.join(str(error).split()).rstrip('.')}.", file=sys.stderr)
         return 2

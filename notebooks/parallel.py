@@ -47,7 +47,7 @@ class SharedLoss(nn.Module):
         everyones = gather(A)
         part["advantage"] = (A - everyones.mean()) / (everyones.std() + 1e-8)
         loss, diagnostics = self.loss(**part, norm_adv=False)
-        distributed.all_reduce(values := torch.stack(list(diagnostics.values())).detach() / WORLD)
+        distributed.all_reduce(values := torch.stack(list(diagnostics.values())) / WORLD)
         return loss, dict(zip(diagnostics, values))
 
 
