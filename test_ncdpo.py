@@ -1327,8 +1327,12 @@ def test_a_suite_that_fails_under_a_new_mujoco_is_told_to_want_an_old_one(own, m
         raise error("no mj_full_m")
 
     monkeypatch.setitem(sys.modules, suite, types.SimpleNamespace(Env=broken))
+    monkeypatch.setattr(ncdpo, "version", lambda package: "4.0.0")
     told = IndexError if error is IndexError else UserError
     with pytest.raises(told, match="no mj_full_m" if error is IndexError else r"mujoco<4.*no mj_full_m"):
+        VectorEnv(own(f"{suite}:Env"), 1, CPU)
+    monkeypatch.setattr(ncdpo, "version", lambda package: "3.3.0")  # which cannot be blamed
+    with pytest.raises(error, match="no mj_full_m"):
         VectorEnv(own(f"{suite}:Env"), 1, CPU)
 
 
