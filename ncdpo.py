@@ -66,7 +66,7 @@ class Schedule(nn.Module):
     A chain that was cloned with `steps` may be run on fewer, evenly spaced `sampling_steps`: K counts those that are
     run, and the k-th of them is step tau(k) of training (E18). An int or a LongTensor (...) is an index into the
     tables: of training's steps `signal`, sqrt(abar), and `noise`, sqrt(1 - abar), of those that are run the others.
-    x, eps and output are (..., A).
+    x, eps and output are (..., A). Raises ValueError for an eta outside [0, 1].
     """
 
     def __init__(self, steps, predict="sample", eta=1.0, clip=1.0, sampling_steps=None):

@@ -219,6 +219,12 @@ def test_E3_E4_E18_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_et
         assert schedule.sigma[k] ** 2 == pytest.approx(variance, abs=1e-12)
 
 
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
+def test_E4_more_noise_than_ddpms_is_refused(eta):
+    with pytest.raises(ValueError, match="eta must be from 0 to 1"):
+        ncdpo.Schedule(5, eta=eta)
+
+
 def test_a_table_gives_an_int_and_a_tensor_of_them_the_same_numbers(float64):
     schedule, many = ncdpo.Schedule(20, eta=0.7, sampling_steps=5), torch.tensor([[0, 3], [5, 1]])
     for table in (schedule.signal, schedule.noise, schedule.sigma, schedule.to_clean, schedule.to_noisy):
@@ -2113,6 +2119,14 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
+def test_a_long_complaint_of_a_simulator_of_ones_own_is_told_to_its_end(monkeypatch, tmp_path, capsys):
+    def make_vec(name, num_envs, device):
+        raise ValueError(f"no {name}, but {', '.join(map(str, range(300)))}: give one of these")
+
+    monkeypatch.setitem(sys.modules, "toys", types.SimpleNamespace(make_vec=make_vec))
+    assert "give one of these" in complaint(capsys, *arguments("toys:Cube", tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["a file", "a link that leads nowhere"])
 def test_runs_that_cannot_be_a_folder_is_told_before_anything_is_written(tmp_path, capsys, kind):
     runs = tmp_path / "runs"
@@ -2138,7 +2152,8 @@ def test_a_damaged_checkpoint_is_told_in_one_line(run, tmp_path, capsys, damage)
     before = contents(tmp_path)
     for flag, *more in (["--evaluate"], ["--resume", "--total-timesteps", 512],
                         ["--init-from", "--total-timesteps", 256, "--runs", tmp_path / "runs"]):
-        assert str(run) in complaint(capsys, flag, run, *more) and contents(tmp_path) == before
+        error = complaint(capsys, flag, run, *more)
+        assert str(run) in error and len(error) < 500 + len(str(run)) and contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("name, value", [*((name, None) for name in ("update", "seconds", "optimizer", "random")),
@@ -2258,6 +2273,7 @@ def test_configurations_take_numbers_of_other_kinds_and_keep_plain_ones():
     for name, value in wanted.items():
         assert getattr(c, name) == value and type(getattr(c, name)) is type(value), name
     assert json.loads(json.dumps(vars(c))) == vars(c) and c == ncdpo.Config(**vars(c))
+    assert ncdpo.Config(seed=2**31 - 1).seed == 2**31 - 1  # what torch and NumPy take
 
 
 def test_defaults_are_the_presets_of_the_task_but_for_what_is_given():
