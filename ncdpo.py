@@ -938,11 +938,13 @@ def new_run_folder(config):
 @contextlib.contextmanager
 def locked(run):
     """Only one process at a time may write into a run folder; the lock goes with the process."""
-    with open(run / "lock", "w") as file:
+    with told(f"cannot write into {run} (check folder and rights)", OSError):
+        lock = open(run / "lock", "w")
+    with lock:
         words = f"another process writes {run}, wait for it or stop it"
         with contextlib.suppress(ImportError), told(words, OSError):
             import fcntl  # Windows has another way
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 

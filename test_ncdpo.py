@@ -2050,6 +2050,9 @@ def test_one_process_at_a_time_writes_into_a_folder_but_many_may_evaluate_it(run
         assert "another process" in complaint(capsys, "--resume", run, "--total-timesteps", "512")
         assert main(["--evaluate", str(run)]) == 0 and contents(run) == before
     assert main(["--resume", str(run), "--total-timesteps", "320"]) == 0 and len(rows_of(run)) == 5
+    (run / "lock").unlink()
+    (run / "lock").mkdir()  # cannot be opened, as in a folder of somebody else, but for root, too
+    assert "cannot write into" in complaint(capsys, "--resume", run, "--total-timesteps", "640")
 
 
 # ===== command line ===================================================================================================
