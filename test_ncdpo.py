@@ -2722,6 +2722,24 @@ def test_cloned_one_hot_actions_are_drawn_as_often_as_they_were_shown(predict): 
         assert (error.abs() < 3).all()
 
 
+def test_E8_likelihood_steps_leave_the_choice_to_the_softmax(capsys):
+    """A clone is nearly certain of its action given omega; then its softmax has the frequencies, whatever omega is."""
+    p, state = torch.tensor([[0.2, 0.3, 0.5], [0.7, 0.1, 0.2]]), torch.randint(2, (8000,))
+    action = 2 * torch.nn.functional.one_hot(torch.multinomial(p[state], 1).squeeze(1), 3) - 1.0
+    c = config(hidden=64, denoising_steps=20, sampling_steps=5)
+    agents = [ncdpo.Agent(c, 1, 3, True, 1) for _ in range(2)]
+    for agent, steps in zip(agents, (0, 500)):
+        cloning.clone(agent, (2.0 * state[:, None] - 1, action, np.arange(8000) // 10), c.seed, 1000, 3e-3, steps)
+    assert capsys.readouterr().out.count("likelihood steps") == 20
+    for s in (0, 1):
+        cold, warm = (agent.policy.mean(agent.obs_norm(torch.full((2000, 1), 2.0 * s - 1)),
+                                        agent.policy.draw_noise(2000)[0]) for agent in agents)
+        head, entropy = agents[0].policy.head, -(p[s] * p[s].log()).sum()
+        assert head.entropy(cold).mean() < 0.5 * entropy
+        torch.testing.assert_close(torch.softmax(warm / head.temperature, -1).mean(0), p[s], atol=0.05, rtol=0)
+        assert head.entropy(warm).mean().item() == pytest.approx(entropy.item(), abs=0.1)
+
+
 @pytest.mark.parametrize("algo", ["ncdpo", "ppo"])
 def test_a_cloned_expert_with_discrete_actions_reaches_its_return(tmp_path, capsys, algo):
     env, rows = VectorEnv("CartPole-v1", 8, CPU), []
@@ -2823,6 +2841,7 @@ def test_a_clone_is_a_run_folder_without_updates_whose_preset_travels_on(tmp_pat
     assert c.total_timesteps == ncdpo.Config.total_timesteps and c.init_std == cloning.PRESET["init_std"]
     for line, words in ((["--bc-steps", 0], "--bc-steps"), (["--bc-learning-rate", "nan"], "--bc-learning-rate"),
                         (["--evaluate", run], "leave out --evaluate"), (["--init-from", run], "--init-from"),
+                        (["--likelihood-steps", -1], "0 or more"), ([*flags, "--likelihood-steps", 5], "a Gaussian"),
                         (["--env", "CartPole-v1"], "give --action-chunk 1")):  # the preset's 4 are for Box actions
         assert words in scripts_complaint(capsys, cloning, path, *line)
 

@@ -103,8 +103,18 @@ def bc_loss(policy, obs, action):
     return F.mse_loss(mean, action)
 
 
-def clone(agent, demos, seed, steps=20_000, learning_rate=1e-3):
-    """Behaviour cloning: Adam, a cosine schedule, and at the end a moving average of the weights.
+def likelihood_loss(policy, obs, action):
+    """-log pi(a | s, omega) (E8) of one-hot actions, with fresh noise; obs (B, S), action (B, A).
+
+    Its mean is above that of -log pi(a | s) (Jensen, as in E14). Least is a chain that leaves choices to the head: a
+    softmax keeps all of them, and explores where the score sees it (E17).
+    """
+    omega, _ = policy.draw_noise(len(obs), device=obs.device)
+    return -policy.log_prob(obs, action.argmax(-1), omega).mean()
+
+
+def clone(agent, demos, seed, steps=20_000, learning_rate=1e-3, likelihood_steps=0):
+    """Behaviour cloning, then NCDPO's likelihood: Adam, a cosine schedule, and at the end an average of the weights.
 
     The policy of an ncdpo.Agent learns from `demos` as `load` returns them, and the agent's normaliser takes in their
     observations: for good, as --init-from keeps them. A twentieth of the episodes, drawn by `seed`, is held out; its
@@ -115,19 +125,27 @@ def clone(agent, demos, seed, steps=20_000, learning_rate=1e-3):
     spread = agent.obs_norm.var[agent.obs_norm.var > 0]
     # what (nearly) stands still in the demonstrations may move later: not by 1e4 standard deviations
     agent.obs_norm.var.clamp_(min=1e-4 * spread.median().item() if len(spread) else 1.0)
-    obs, episodes, policy = agent.obs_norm(obs), np.unique(episode), agent.policy
+    obs, episodes = agent.obs_norm(obs), np.unique(episode)
     held_out = np.random.default_rng(seed).permutation(episodes)[:math.ceil(len(episodes) / 20)]
     held_out = np.isin(episode, held_out)
     seen, unseen = (torch.as_tensor(np.flatnonzero(x), device=obs.device) for x in (~held_out, held_out))
+    for loss_of, count in ((bc_loss, steps), (likelihood_loss, likelihood_steps)):
+        if count:
+            fit(agent.policy, loss_of, obs, action, seen, unseen, count, learning_rate)
+
+
+def fit(policy, loss_of, obs, action, seen, unseen, steps, learning_rate):
+    """Minimise `loss_of(policy, obs, action)` over the rows `seen`; print it, and that of the rows `unseen`."""
     optimizer = torch.optim.Adam(policy.parameters(), learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     decay = max(0.0, 1 - 10 / steps)  # the last tenth of the steps
     average = swa_utils.AveragedModel(policy, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
     devices = [] if obs.device.type == "cpu" else [obs.device]
+    what = "cloning" if loss_of is bc_loss else "likelihood"
     total, every = 0.0, max(1, steps // 20)
     for step in range(1, steps + 1):
         pick = seen[torch.randint(len(seen), (256,), device=obs.device)]
-        loss = bc_loss(policy, obs[pick], action[pick])
+        loss = loss_of(policy, obs[pick], action[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,23 +155,26 @@ def clone(agent, demos, seed, steps=20_000, learning_rate=1e-3):
         if step % every == 0:
             with torch.no_grad(), torch.random.fork_rng(devices, device_type=obs.device.type):
                 torch.manual_seed(0)  # the same noise each time, so that only learning moves the loss
-                unseen_loss = bc_loss(average.module, obs[unseen], action[unseen])
-            print(f"{step:>13,} cloning steps, loss {total / every:.4f}, held out {unseen_loss:.4f}", flush=True)
+                unseen_loss = loss_of(average.module, obs[unseen], action[unseen])
+            print(f"{step:>13,} {what} steps, loss {total / every:.4f}, held out {unseen_loss:.4f}", flush=True)
             total = 0.0
     policy.load_state_dict(average.module.state_dict())
 
 
-def make(source, config, steps=20_000, learning_rate=1e-3):
+def make(source, config, steps=20_000, learning_rate=1e-3, likelihood_steps=0):
     """Clone the demonstrations `source`; returns the new run folder, whose metrics.csv has no row yet."""
     trainer = ncdpo.Trainer(config)
     with contextlib.closing(trainer.env):
+        if likelihood_steps and not (trainer.env.discrete and config.algo == "ncdpo"):
+            raise UserError("--likelihood-steps are for --algo ncdpo and Discrete actions: a Gaussian would lose modes, "
+                            "an MLP is cloned by its likelihood, and dppo starts from an ncdpo clone")
         demos = load(source, trainer.env)
         run = ncdpo.new_run_folder(config)
         with ncdpo.locked(run):
             ncdpo.save_config(config, run)
             print(f"cloning {source} with {config.algo} on {trainer.device}, in {run}", flush=True)
             try:
-                clone(trainer.agent, demos, config.seed, steps, learning_rate)
+                clone(trainer.agent, demos, config.seed, steps, learning_rate, likelihood_steps)
             except BaseException:  # nothing could go on from there, and the folder's name is wanted
                 shutil.rmtree(run)
                 raise
@@ -168,14 +189,18 @@ def main(arguments=None):
     parser.add_argument("demos", help="the .npz file; all other flags behind it are those of ncdpo.py")
     parser.add_argument("--bc-steps", type=int, default=20_000, help="gradient steps, on minibatches of 256 [20000]")
     parser.add_argument("--bc-learning-rate", type=float, default=1e-3, help="it falls to 0 along a cosine [0.001]")
+    parser.add_argument("--likelihood-steps", type=int, default=0,
+                        help="of an ncdpo clone with Discrete actions, after these: leave choices to the softmax [0]")
     line, flags = parser.parse_known_args(arguments)
     try:
         if line.bc_steps < 1 or not 0 < line.bc_learning_rate < math.inf:
             raise UserError("--bc-steps and --bc-learning-rate must be above 0")
+        if line.likelihood_steps < 0:
+            raise UserError("--likelihood-steps must be 0 or more")
         config, evaluated, resumed, _ = ncdpo.parse(flags, PRESET)
         if evaluated or resumed or config.init_from:
             raise UserError("a clone is a new run: leave out --evaluate, --resume and --init-from")
-        run = make(line.demos, config, line.bc_steps, line.bc_learning_rate)
+        run = make(line.demos, config, line.bc_steps, line.bc_learning_rate, line.likelihood_steps)
         print(ncdpo.describe(ncdpo.evaluate(run)), flush=True)
     except UserError as error:
         print(f"cloning: {' '.join(str(error).split()).rstrip('.')}.", file=sys.stderr)
