@@ -166,8 +166,8 @@ def make(source, config, steps=20_000, learning_rate=1e-3, likelihood_steps=0):
     trainer = ncdpo.Trainer(config)
     with contextlib.closing(trainer.env):
         if likelihood_steps and not (trainer.env.discrete and config.algo == "ncdpo"):
-            raise UserError("--likelihood-steps are for --algo ncdpo and Discrete actions: a Gaussian would lose modes, "
-                            "an MLP is cloned by its likelihood, and dppo starts from an ncdpo clone")
+            raise UserError("--likelihood-steps are for --algo ncdpo and Discrete actions: a Gaussian would lose "
+                            "modes, an MLP is cloned by its likelihood, and dppo starts from an ncdpo clone")
         demos = load(source, trainer.env)
         run = ncdpo.new_run_folder(config)
         with ncdpo.locked(run):
