@@ -63,9 +63,9 @@ import torch.nn.functional as F
 class Schedule(nn.Module):
     """The cosine schedule (Nichol and Dhariwal, 2021) and the steps that use it (E1, E3, E4, E18).
 
-    A chain that was cloned with `steps` may be run on fewer, evenly spaced `sampling_steps`: K counts those that are
-    run, and the k-th of them is step tau(k) of training (E18). An int or a LongTensor (...) is an index into the
-    tables: of training's steps `signal`, sqrt(abar), and `noise`, sqrt(1 - abar), of those that are run the others.
+    A chain that was cloned with `steps` (E18's K) may be run on fewer, evenly spaced `sampling_steps` (E18's S, here
+    K): the k-th of them is step tau(k) of training. An int or a LongTensor (...) is an index into the tables: of
+    training's steps `signal`, sqrt(abar), and `noise`, sqrt(1 - abar), of those that are run the others.
     x, eps and output are (..., A). Raises ValueError for an eta outside [0, 1].
     """
 

@@ -1,6 +1,6 @@
 """Training curves of the comparison: make them, and turn them into the tables and figures of README and RESULTS.
 
-    python notebooks/curves.py train Hopper-v4 ncdpo        # 5 seeds, two at a time -> curves/Hopper-v4__ncdpo.csv
+    python notebooks/curves.py train Hopper-v4 ncdpo --name mine/Hopper-v4__ncdpo   # 5 seeds -> curves/mine/...csv
     python notebooks/curves.py train HalfCheetah-v4 dppo --program e16.py --scored-steps 2 --name e16/HalfCheetah-v4__m2
     python notebooks/curves.py                              # all curves/*.csv -> tables (printed) and curves.png
     python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; of two: all their seeds

@@ -79,7 +79,7 @@ class CutChain(ncdpo.NCDPO):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--scored-steps", type=int, help="m, from 1 to the number of denoising steps")
+    parser.add_argument("--scored-steps", type=int, help="m, from 1 to the number of steps that are run")
     parser.add_argument("--chain-gradient", action=argparse.BooleanOptionalAction, default=True,
                         help="let the gradient flow through the steps that are conditioned on")
     parser.add_argument("--algo", help="may be given: dppo with m, ncdpo without")

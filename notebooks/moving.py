@@ -2,7 +2,7 @@
 
     python notebooks/moving.py --init-from runs/clones/Hopper-v4__ncdpo__1      # and other flags of ncdpo.py
 
-The clone's inputs then drift away from those that it was taught with. RESULTS.md has what comes of it. A run that was
+The clone's inputs then drift away from those that it was taught with. TUNING.md has what comes of it. A run that was
 stopped is resumed by this file, too.
 """
 

@@ -27,7 +27,7 @@ def ratio(ours, theirs, paired=False):
 
     Lists of sets, one a task, give the geometric mean of the tasks' ratios. It is Welch's interval for the logarithm:
     log(mean x) varies as mean(x / mean x) does, so a single seed may be 0 or negative (a return, a share of successes).
-    paired: the i-th seeds start from the same clone, good or bad, which no other seed has; then it is the geometric
+    paired: the i-th seeds have a demonstrator or a team, good or bad, which no other seed has; then it is the geometric
     mean of the pairs' ratios and the t interval of their logarithms. NaN of a single seed, and where a mean (in pairs:
     a seed) is not positive.
     """
