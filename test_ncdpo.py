@@ -778,6 +778,7 @@ def test_E10_E12_update_learns_from_the_decisions_played(monkeypatch, batches, a
     for name, tensor in expected.items():
         torch.testing.assert_close(batch[name], tensor.flatten(0, 1), rtol=1e-3, atol=1e-3)
     assert optimizer is trainer.optimizer and more == [2, 32] and ended[32:].any()
+    batch["log_prob"] += 0.3 * torch.randn_like(batch["log_prob"])  # at a ratio of one no clip shows
     assert loss(**batch)[0] == ncdpo.ppo_loss(agent.policy, agent.critic, **batch, **coefficients)[0]
     explained = 1 - float(expected["advantage"].var() / expected["target"].var())
     assert row["explained_variance"] == pytest.approx(explained, abs=1e-3) and row["step"] == 2 * 2 * 32 * H
@@ -1762,6 +1763,8 @@ def test_progress_tells_the_last_twenty_episodes_and_the_pace_since_it_was_start
     expected = ("128 steps (50%), return 2.0, 4", "192 steps (75%), return 2.5, 2", "256 steps (100%), return 3.5, 0")
     assert told == [", 32 steps/s, ".join(line.rsplit(", ", 1)) + " s left" for line in expected]
     assert [row["learning_rate"] for row in rows_of(tmp_path)] == ["1234567.25"] * 3
+    ncdpo.run_updates(ncdpo.Trainer(config(total_timesteps=64 * 100)), tmp_path)
+    assert len(capsys.readouterr().out.splitlines()) == 20  # each twentieth
 
 
 def test_training_closes_all_environments_that_it_made(tmp_path, monkeypatch):
@@ -1782,6 +1785,8 @@ def test_an_evaluation_is_described_by_mean_spread_and_range():
     values = {"return": np.array([1.0, 3]), "length": np.array([5.0, 7]), "success": np.array([1.0, 0])}
     returns, lengths = "return 2.0 +- 1.0 (min 1.0, max 3.0)", "length 6.0 +- 1.0 (min 5.0, max 7.0)"
     assert ncdpo.describe({"exploring": values}) == f"    exploring: {returns}, {lengths}, success 50.0%"
+    values["success"] = np.array([1.0, np.nan])  # one was cut off
+    assert ncdpo.describe({"exploring": values}) == f"    exploring: {returns}, {lengths}"
 
 
 def test_a_run_that_began_with_a_clone_is_resumed_without_it(tmp_path):
@@ -1794,10 +1799,31 @@ def test_a_run_that_began_with_a_clone_is_resumed_without_it(tmp_path):
 
 def test_resuming_seeds_every_device_anew(tmp_path, monkeypatch):
     run, _ = a_clone(tmp_path / "run")
+    torch.save(checkpoint_of(run) | {"update": 3}, run / "checkpoint.pt")
     trainer, seeds, seed = ncdpo.Trainer(config()), [], torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
     ncdpo.resume_from(trainer, run)
-    assert 1_000 in seeds
+    assert 1_003 in seeds
+
+
+def test_a_checkpoint_of_a_gpu_is_loaded_without_one(run, monkeypatch):
+    load, places = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *path, **how: places.append(how["map_location"]) or load(*path, **how))
+    ncdpo.load_agent(run)
+    assert places == ["cpu"]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_tensor_is_made_on_the_device_of_the_others(algo):
+    trainer = ncdpo.Trainer(config(env="TinyBox-v0", algo=algo, action_chunk=2, total_timesteps=512))
+    rollout, policy, obs = trainer.play(), trainer.agent.policy, torch.randn(9, 6)
+    with torch.device("meta"):  # where a tensor lands that names no device
+        batch, _ = trainer.make_batch(rollout)
+        ncdpo.ppo_update(trainer.loss, batch, trainer.optimizer)
+        sample = policy.sample(obs)
+        if algo != "ppo":
+            policy.bc_loss(obs, sample[0])
+    assert {x.device.type for x in sample} == {"cpu"}
 
 
 @pytest.mark.parametrize("algo, env", [("ncdpo", "CartPole-v1"), ("dppo", "Pendulum-v1"), ("ppo", "Hopper-v4")])
@@ -1898,6 +1924,15 @@ def test_resumed_run_plays_new_episodes(run):
     assert len(torch.cat(starts).unique()) == 3 * starts[0].numel()
 
 
+def test_runs_of_two_seeds_go_on_with_episodes_of_their_own(tmp_path):
+    starts = []
+    for seed in (1, 2):
+        run, trainer = a_clone(tmp_path / str(seed), env="Tiny-v0", seed=seed)
+        ncdpo.resume_from(trainer, run)
+        starts.append(trainer.obs[:, 0])
+    assert not torch.isin(*starts).any()
+
+
 def test_metrics_have_a_column_for_each_thing_measured_and_an_empty_cell_is_not_a_number(run, tmp_path):
     history = ncdpo.read_metrics(run)
     assert list(history) == ncdpo.COLUMNS and all(len(column) == 4 for column in history.values())
@@ -1958,6 +1993,32 @@ def test_evaluation_of_a_task_without_an_end_stops_at_max_steps(tmp_path):
     run = untrained(tmp_path, env="Tiny-v0")
     result = ncdpo.evaluate(run, episodes=2, max_steps=9, env="TinyEndless-v0")
     assert [values["length"].tolist() for values in result.values()] == 3 * [[9, 9]]
+
+
+def test_max_steps_holds_also_where_some_episodes_end(own, tmp_path):
+    class Some(Tiny):
+        def step(self, action):
+            assert self.t < 100
+            obs, reward, _, *rest = super().step(action)
+            return obs, reward, self.t == 3 and self.start < 0.5, *rest
+
+    run, _ = a_clone(tmp_path / "run", env=own(Some, steps=None))
+    assert set(ncdpo.evaluate(run, episodes=8, max_steps=20)["mean action"]["length"]) == {3, 20}
+
+
+def test_the_ways_of_an_evaluation_of_a_game_are_thirds_of_its_rows(worlds, tmp_path, monkeypatch):
+    run, _ = a_clone(tmp_path / "run", env="worlds:some")
+    given, act = [], ncdpo.Agent.act
+    monkeypatch.setattr(ncdpo.Agent, "act", lambda self, obs, *noise: given.append(noise) or act(self, obs, *noise))
+    ncdpo.evaluate(run, episodes=2)  # of three agents each
+    omega, noise = (x.flatten(1).any(1).tolist() for x in given[0])
+    assert omega == [True] * 12 + [False] * 6 and noise == [True] * 6 + [False] * 12
+
+
+def test_a_run_of_warp_is_evaluated_where_there_is_none(tmp_path, monkeypatch):
+    run, _ = a_clone(tmp_path / "run", env="Hopper-v4")
+    monkeypatch.setitem(sys.modules, "mujoco_warp", None)
+    assert list(ncdpo.evaluate(run, vector="warp")) == WAYS
 
 
 def test_evaluation_normalises_as_training_did_and_starts_elsewhere_in_each_way_alike(run, monkeypatch):
@@ -2120,6 +2181,18 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capsy
         flags = ["--env", "CartPole-v1", *flags]
     assert words in complaint(capsys, "--runs", tmp_path / "runs", *flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_an_exit_code_of_the_program(tmp_path):
+    refused = run_python(tmp_path, HERE / "ncdpo.py", "--resume", "nowhere")
+    assert refused.returncode == 2 and refused.stderr.startswith("ncdpo: ")
+
+
+@no_cuda
+def test_auto_is_the_gpu_that_torch_finds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it lies, so using one fails
+    with pytest.raises(UserError, match="--device auto is not to be had"):
+        ncdpo.Trainer(config(device="auto"))
 
 
 def test_a_long_complaint_of_a_simulator_of_ones_own_is_told_to_its_end(monkeypatch, tmp_path, capsys):
@@ -2289,6 +2362,24 @@ def test_defaults_are_the_presets_of_the_task_but_for_what_is_given():
     c = ncdpo.parse(["--env", "Hopper-v4", "--gamma", "0.5"], preset=dict(gamma=0.7, action_chunk=4))[0]
     assert c == ncdpo.Config("Hopper-v4", gamma=0.5, action_chunk=4)  # a script's own defaults
     assert ncdpo.parse([])[0] == ncdpo.Config.for_task() == ncdpo.Config(**ncdpo.PRESETS["HalfCheetah"])
+
+
+def test_the_presets_are_of_the_tasks_that_are_batched_and_those_that_notebook_4_shows():
+    assert set(ncdpo.PRESETS) == {name.rsplit("-v", 1)[0] for name in MUJOCO}
+    cells = json.loads((HERE / "notebooks" / "04_ppo_from_scratch.ipynb").read_text())["cells"]
+    shown = "\n".join("".join(out["data"].get("text/markdown", "")) for cell in cells for out in cell.get("outputs", [])
+                      if "data" in out)
+    head, *rows = re.findall(r"^\| (setting|[a-z_]+) \| (.+) \|$", shown[shown.index("| setting |"):], re.MULTILINE)
+    rows = rows[:len({name for preset in ncdpo.PRESETS.values() for name in preset})]
+    for i, env in enumerate(head[1].split(" | ")):
+        assert {name: row.split(" | ")[i] for name, row in rows} == {
+            name: str(getattr(ncdpo.Config.for_task(env), name)) for name, _ in rows}
+
+
+@pytest.mark.parametrize("kept, flag", [(True, "--no-mean-log-prob"), (False, "--mean-log-prob")])
+def test_a_bool_of_a_run_is_changed_either_way(tmp_path, kept, flag):
+    ncdpo.save_config(config(mean_log_prob=kept), tmp_path)
+    assert ncdpo.parse(["--init-from", str(tmp_path), flag])[0].mean_log_prob is not kept
 
 
 def test_a_run_that_starts_from_another_takes_over_its_settings_but_not_its_end(tmp_path):
