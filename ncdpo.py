@@ -950,7 +950,7 @@ def locked(run):
 
 def write(path, content):
     """Write bytes atomically: a full disk or a kill in the middle leaves the old file as it was."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     with told(f"cannot write {path} (check folder and free space)", OSError):
         try:
             temporary.write_bytes(content)

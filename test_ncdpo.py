@@ -2424,13 +2424,20 @@ def test_help_says_what_each_field_is_and_its_default(capsys):
         assert re.sub(r"\s", "", f"{text} [{getattr(ncdpo.Config, name)}]") in re.sub(r"\s", "", printed)
 
 
+def test_writing_a_file_leaves_its_neighbours_alone(tmp_path):
+    (tmp_path / "cheetah.tmp").write_text("of the user")
+    ncdpo.write(tmp_path / "cheetah.gif", b"film")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "cheetah.tmp": "of the user", "cheetah.gif": "film"}
+
+
 @pytest.mark.parametrize("file, nth", [("config", 1), ("metrics", 1), ("checkpoint", 1), ("checkpoint", 3)])
 def test_a_full_disk_keeps_the_previous_file(run, capsys, monkeypatch, each_update, file, nth):
     before, write, calls = contents(run), Path.write_bytes, []
 
     def full(path, content):
-        calls.append(path.stem)
-        if calls.count(file) < nth or path.stem != file:
+        calls.append(path.name.split(".")[0])
+        if calls.count(file) < nth or calls[-1] != file:
             return write(path, content)
         write(path, content[:9])
         raise OSError(28, "No space left on device")
@@ -2593,7 +2600,7 @@ def test_the_file_alone_in_a_folder_trains_and_resumes_in_another_process_after_
     killed = run_python(tmp_path, "-c", KILLED, *small, PYTHONPATH="")
     assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, "") and kind in killed.stdout, killed
     run = tmp_path / "runs" / "HalfCheetah-v4__ncdpo__1"
-    assert checkpoint_of(run)["update"] == 2 and len(rows_of(run)) == 3 and (run / "checkpoint.tmp").exists()
+    assert checkpoint_of(run)["update"] == 2 and len(rows_of(run)) == 3 and (run / "checkpoint.pt.tmp").exists()
     again = run_python(tmp_path, "ncdpo.py", "--resume", run, "--total-timesteps", 128 * 4, PYTHONPATH="")
     assert (again.returncode, again.stderr) == (0, "") and again.stdout.count("length 1000.0") == 3, again
     assert [row["update"] for row in rows_of(run)] == ["1", "2", "3", "4"]
@@ -2843,7 +2850,7 @@ def test_a_cloned_expert_with_discrete_actions_reaches_its_return(tmp_path, caps
     path = saved(tmp_path / "d.npz", {key: torch.stack(x, 1).flatten(0, 1).numpy()
                                       for key, x in zip(cloning.DEMO_KEYS, zip(*rows))})
     run = cloning.make(path, config(algo=algo, denoising_steps=10, hidden=64, runs=tmp_path), 1000, 3e-3)
-    assert "8 episodes, 4,000 steps, mean return 500.0\n" in capsys.readouterr().out
+    assert "8 episodes, 4,000 steps, mean return 500.0 (what was cut off included)\n" in capsys.readouterr().out
     assert ncdpo.evaluate(run, episodes=8)["mean action"]["return"].mean() > 450
     with np.load(path) as file:
         demos = dict(file)
@@ -3288,8 +3295,8 @@ def test_deploy_a_loaded_policy_acts_on_raw_observations_as_an_evaluation_does(t
     obs, total, ended = task.reset(seed=int(seed))[0], 0.0, False
     while not ended:
         for action in policy(np.ravel(obs)) if "action_chunk" in given else [policy(np.ravel(obs))]:
-            assert isinstance(action, (np.ndarray, np.generic)) and np.shape(action) == task.action_space.shape
-            obs, reward, terminated, truncated, _ = task.step(action.astype(task.action_space.dtype))
+            assert isinstance(action, (np.ndarray, np.generic)) and task.action_space.contains(action)
+            obs, reward, terminated, truncated, _ = task.step(action)
             total, ended = total + float(np.squeeze(reward)), terminated or truncated
             if ended:
                 break
@@ -3599,6 +3606,9 @@ def test_scored_steps_train_and_evaluates_with_the_steps_that_its_flags_name(e16
         assert e16.main([*flags, "--scored-steps", steps]) == 2
         error = "ncdpo: --scored-steps must be from 1 to 5, the number of steps that are run.\n"
         assert capsys.readouterr().err == error
+    for way in ("--evaluate", "--resume"):
+        assert e16.main([way, str(run)]) == 2
+        assert capsys.readouterr().err == f"e16: {run} is a run of dppo: give --scored-steps as it was trained.\n"
     for wrong in ([*flags, "--algo", "ncdpo"], [*flags[2:], "--algo", "dppo"]):  # which would ignore it
         with pytest.raises(SystemExit):
             e16.main(wrong)
@@ -3714,7 +3724,11 @@ def test_runs_of_another_program_are_resumed_but_not_repeated_and_become_files(t
     assert curves.load(folder)["a_b"]["dppo"]["mean action"].tolist() == [7.5, 7.5]
     kept = contents(tmp_path)
     for changed, words in ((line.replace("--seeds 1 2", "--seeds 2 3"), r"would be lost \(1\)"),
-                           (line.replace("run-{seed}", "x"), "made with other.py --rate run-{seed}: remove it")):
+                           (line.replace("run-{seed}", "x"), r"made with other.py a:b\?c=1 --rate run-{seed}: remove"),
+                           (line.replace("c=1", "c=2"), r"made with other.py a:b\?c=1 --rate run-{seed}: remove it"),
+                           ("curves.py --foldr x", "2"), ("curves.py show nowhere", "nowhere is no run folder"),
+                           ("curves.py --ratios ncdpo", "--ratios wants LINE/LINE"),
+                           ("curves.py --pool --ratios a/b a/c", "--pool wants --ratios without a line in common")):
         monkeypatch.setattr(sys, "argv", changed.split())
         with pytest.raises(SystemExit, match=words):
             curves.main()
@@ -3766,6 +3780,14 @@ def test_lines_are_sorted_by_algorithm_and_steps_and_named_so_in_the_tables(curv
     assert [row.split("|")[2].strip() for row in curves.table(loaded).splitlines()[2:]] == [
         "NCDPO, K = 2", "NCDPO, K = 10", "MLP+PPO", "DPPO, S = 20"]
     assert list(curves.load(tmp_path, only=["ncdpo-epsilon", "ppo"])["Task-v0"]) == ["ncdpo-epsilon", "ppo"]
+
+
+def test_the_final_success_is_unknown_where_only_some_episodes_tell_it(curves):
+    told = {"step": np.zeros((1, 30)), "episodes": np.array([[9] * 27 + [4, 0, 1]]),
+            "success": np.array([[0.0] * 27 + [0.5, np.nan, 1.0]])}
+    assert curves.final(told, "success").tolist() == [0.6]  # nothing ended in the row between
+    told["episodes"][0, -2] = 1
+    assert np.isnan(curves.final(told, "success")).all()
 
 
 def test_seeds_of_two_folders_are_put_together_with_their_own_evaluations(curves, tmp_path):
@@ -4577,14 +4599,25 @@ def test_runs_over_goals_become_a_table_and_a_figure(tmp_path, monkeypatch, caps
             "dense --lines ncdpo --seeds 1": "there is ",  # the figure would show what was there before
             "y --critic-sees-chain --lines ncdpo dppo": "--critic-sees-chain is for",  # whose latent is no omega
             "y --critic-sees-chain --lines ncdpo --moving": "--critic-sees-chain is for",
+            "y --sweep clip_coef": "--evaluations and --jobs are at least 1, and --sweep wants a field and its values",
+            "y --evaluations 0": "--evaluations and --jobs", "y --jobs 0": "--evaluations and --jobs",
+            "y -- --runs z": "runs: modes.py chooses these itself",
             "y -- --sampling-steps 30": "--sampling-steps must not be more"}.items():
         assert modes.main(["run", *line.split()]) == 2
         assert capsys.readouterr().err.startswith(f"modes: {complaint}")
+    shutil.rmtree(tmp_path / "runs")  # as in a fresh clone
+    kept, few = contents(tmp_path), "--evaluations 2 --jobs 1 -- --total-timesteps 6144"
+    for line in ("--lines ncdpo --seeds 1 2", "--seeds 1", "--seeds 1 2 --sweep clip_coef 0.1"):
+        assert modes.main(["run", "dense", *line.split(), *few.split()]) == 2
+        assert "runs that would be lost" in capsys.readouterr().err and contents(tmp_path) == kept
+    assert modes.main(["table", "typo"]) == 2 and "`modes.py run typo` makes it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        modes.main(["mechanism", "quiet", "--", "--noise-scale", "0.3"])
 
 
 def test_a_sweep_over_goals_takes_fields_of_every_kind_and_flags_that_suit_the_settings(monkeypatch):
     taken = []
-    monkeypatch.setattr(modes, "in_parallel", lambda options, rows_of, columns: taken.append(rows_of.keywords))
+    monkeypatch.setattr(modes, "in_parallel", lambda options, rows_of, *columns: taken.append(rows_of.keywords))
     for sweep, expected in (("activation silu tanh", ["silu", "tanh"]), ("clip_coef 0.01 1000", [0.01, 1000.0]),
                             ("sampling_steps 2 10", [2, 10])):
         modes.main(f"run x --lines ncdpo --sweep {sweep} -- --sampling-steps 10 --critic-warmup 8".split())

@@ -77,7 +77,8 @@ def load(source, env):
     if not len(start) or not episode[start[0]] < episode[start[-1]]:
         raise UserError(f"{source} has fewer than two episodes of at least --action-chunk {H} steps; record more")
     returns = np.bincount(episode, demos["rewards"][:, 0])
-    print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f}{extreme}", flush=True)
+    print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f} "
+          f"(what was cut off included){extreme}", flush=True)
     chunks = np.lib.stride_tricks.sliding_window_view(action.clip(-1, 1), H, 0)[start].swapaxes(1, 2)
     obs, action = (torch.as_tensor(x.reshape(len(start), -1), device=env.device) for x in
                    (demos["observations"][start], chunks))
@@ -170,16 +171,16 @@ def make(source, config, steps=20_000, learning_rate=1e-3, likelihood_steps=0):
                             "modes, an MLP is cloned by its likelihood, and dppo starts from an ncdpo clone")
         demos = load(source, trainer.env)
         run = ncdpo.new_run_folder(config)
-        with ncdpo.locked(run):
-            ncdpo.save_config(config, run)
-            print(f"cloning {source} with {config.algo} on {trainer.device}, in {run}", flush=True)
-            try:
+        try:
+            with ncdpo.locked(run):
+                ncdpo.save_config(config, run)
+                print(f"cloning {source} with {config.algo} on {trainer.device}, in {run}", flush=True)
                 clone(trainer.agent, demos, config.seed, steps, learning_rate, likelihood_steps)
-            except BaseException:  # nothing could go on from there, and the folder's name is wanted
-                shutil.rmtree(run)
-                raise
-            ncdpo.write(run / "metrics.csv", (",".join(ncdpo.COLUMNS) + "\n").encode())
-            ncdpo.save_checkpoint(trainer, run)
+                ncdpo.write(run / "metrics.csv", (",".join(ncdpo.COLUMNS) + "\n").encode())
+                ncdpo.save_checkpoint(trainer, run)
+        except BaseException:  # nothing could go on from there, and the folder's name is wanted
+            shutil.rmtree(run)  # the lock is closed: Windows removes no open file
+            raise
     return run
 
 

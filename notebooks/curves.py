@@ -89,7 +89,8 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
     task_name = re.sub("[/:]", "_", env.split("?")[0])  # as ncdpo.py names its runs
     name = name or f"{task_name}__{algo}"
     runs, script = HERE.parent / "runs" / name, HERE / program if program else HERE.parent / "ncdpo.py"
-    path, said = HERE / "curves" / f"{name}.csv", " ".join(["made with", script.name, *flags])
+    path = HERE / "curves" / f"{name}.csv"
+    said = " ".join(["made with", script.name, *[env] * ("?" in env), *flags])  # a run's name has no arguments
     if lost := {row["seed"] for row in rows_of(path)} - set(map(str, seeds)):
         raise SystemExit(f"curves: {path} has seeds that would be lost ({', '.join(sorted(lost, key=int))}): name "
                          "them, too, or give another --name")
@@ -163,7 +164,7 @@ def final(curve, name="return"):
     """Mean return (or success) of the episodes of the last tenth of training, per seed."""
     last = slice(-curve["step"].shape[1] // 10, None)
     episodes = curve["episodes"][:, last]
-    return np.nansum(curve[name][:, last] * episodes, 1) / episodes.sum(1)
+    return np.where(episodes > 0, curve[name][:, last] * episodes, 0).sum(1) / episodes.sum(1)
 
 
 def area(curve):
@@ -301,6 +302,8 @@ def compare(folders, against, chosen, pool):
     only = list(dict.fromkeys(line for pair in pairs for line in pair))
     curves = load(*paths, only=only)
     others = load(HERE / "curves" / against, only=only) if against else curves
+    if any(len(pair) != 2 for pair in pairs):
+        raise SystemExit("curves: --ratios wants LINE/LINE, as in ncdpo/dppo")
     lines, paired = dict.fromkeys(line for by_line in curves.values() for line in by_line), folders[0] in OWN_STARTS
     for theirs in lines:
         ours = re.sub("^(dppo|ppo)", "ncdpo", theirs)
@@ -318,6 +321,8 @@ def compare(folders, against, chosen, pool):
             others_name = against if ours == theirs else f"{label(theirs)}, {against}"
         cases[f"{label(ours)} / {others_name}"] = {
             env: (measures(curves[env][ours]), measures(others[env][theirs])) for env in tasks}
+    if pool and len({line for pair in pairs for line in pair}) < 2 * len(pairs):
+        raise SystemExit("curves: --pool wants --ratios without a line in common, as it takes them for independent")
     if pool:
         cases = {"pooled": {f"{case}, {env}": pair for case in cases for env, pair in cases[case].items()}}
     if not any(cases.values()):
@@ -349,9 +354,14 @@ def main():
     shower.add_argument("runs", type=Path, nargs="+", help="run folders")
     shower.add_argument("--to", default="curve.png", help="file of the picture")
     line, flags = parser.parse_known_args()
+    if flags and line.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if line.command == "train":
         train(line.env, line.algo, line.seeds, line.jobs, flags, line.name, line.program)
     elif line.command == "show":
+        for run in line.runs:
+            if not (run / "metrics.csv").exists():
+                raise SystemExit(f"curves: {run} is no run folder, it has no metrics.csv")
         picture(line.runs).savefig(line.to, dpi=120)
         print(line.to)
     elif line.command == "coverage":

@@ -35,6 +35,7 @@ class LoadedPolicy(nn.Module):
             omega, drawn = policy.draw_noise(B)
             noise = drawn if self.way == "exploring" else noise
         action = ncdpo.to_task(self.agent.act(rows, omega, noise)[0], **self.bounds)
+        action = action.long() if self.bounds.get("whole") or not action.is_floating_point() else action.float()
         if self.chunk > 1:
             action = action.unflatten(-1, (self.chunk, -1))
         action = action if len(obs.shape) > 1 else action[0]

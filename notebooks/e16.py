@@ -76,6 +76,15 @@ class CutChain(ncdpo.NCDPO):
         return self.mu(x, 1, obs)
 
 
+def check(algo, flags):
+    """Raises UserError where a run that the flags go on with was trained by the other algorithm."""
+    _, evaluated, resumed, _ = ncdpo.parse(flags)
+    run = resumed if evaluated is None else evaluated
+    if run is not None and (found := ncdpo.load_config(run).algo) != algo:
+        way = "--scored-steps as it was trained" if found == "dppo" else "no --scored-steps"
+        raise ncdpo.UserError(f"{run} is a run of {found}: give {way}")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -87,6 +96,11 @@ def main(arguments=None):
     algo = "ncdpo" if line.scored_steps is None else "dppo"
     if line.algo not in (None, algo):
         parser.error(f"this is a run of --algo {algo}: leave out --algo")
+    try:
+        check(algo, flags)
+    except ncdpo.UserError as error:
+        print(f"e16: {str(error).rstrip('.')}.", file=sys.stderr)
+        return 2
 
     class Chosen(ScoredSteps):
         def __init__(self, *dims, **chain):

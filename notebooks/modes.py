@@ -292,7 +292,11 @@ def run(options, flags):
     """Fine-tune all lines and seeds, and write the CSV file: a row is an evaluation of a run."""
     if options.critic_sees_chain and (options.moving or any(LINES[line]["algo"] == "dppo" for line in options.lines)):
         raise ncdpo.UserError("--critic-sees-chain is for --lines ncdpo (or ppo), and not with --moving")
+    if options.evaluations < 1 or options.jobs < 1 or options.sweep and len(options.sweep) < 2:
+        raise ncdpo.UserError("--evaluations and --jobs are at least 1, and --sweep wants a field and its values")
     changed = ncdpo.parse([flag for flag in flags if flag != "--"], SETTINGS)[3]
+    if own := changed.keys() & {"env", "algo", "seed", "runs", "init_from"}:
+        raise ncdpo.UserError(f"{', '.join(sorted(own))}: modes.py chooses these itself, from NAME, --lines and --seeds")
     before = [run for line in options.lines for seed in options.seeds
               for run in (RUNS / options.name / line).glob(f"*__{seed}")]
     if before and not options.sweep:
@@ -307,7 +311,8 @@ def run(options, flags):
     if options.critic_sees_chain:
         trainer = SeesChain
     in_parallel(options, partial(of_seed, name=options.name, lines=options.lines, env=task(options), trainer=trainer,
-                                 evaluations=options.evaluations, settings=settings, changed=changed), COLUMNS)
+                                 evaluations=options.evaluations, settings=settings, changed=changed), COLUMNS,
+                [(line, setting) for line in options.lines for setting in settings])
 
 
 def task(options):
@@ -316,8 +321,8 @@ def task(options):
     return f"notebooks.modes:goals?reward={options.reward}&worth={worth}&limit={options.limit}"
 
 
-def in_parallel(options, rows_of, columns):
-    """Write the rows of all seeds, a process for each, as a CSV file.
+def in_parallel(options, rows_of, columns, runs):
+    """Write the rows of all seeds, a process for each, as a CSV file; `runs` are its pairs of line and setting.
 
     What stops it leaves those of the seeds that are finished in a .tmp file, and an older CSV file as it was.
     """
@@ -325,9 +330,11 @@ def in_parallel(options, rows_of, columns):
     path = CURVES / f"{options.name}.csv"
     if path.exists():
         with open(path, newline="") as file:
-            if lost := {int(row["seed"]) for row in csv.DictReader(file)} - set(options.seeds):
-                raise ncdpo.UserError(f"{path} has seeds that would be lost ({', '.join(map(str, sorted(lost)))}): "
-                                      "name them, too, or give another name")
+            before = {(row["line"], row.get("setting", ""), int(row["seed"])) for row in csv.DictReader(file)}
+        if lost := before - {(*run, seed) for run in runs for seed in options.seeds}:
+            line, setting, seed = min(lost)
+            raise ncdpo.UserError(f"{path} has {len(lost)} runs that would be lost, as {line} {setting} of seed {seed}: "
+                                  "name their lines, values and seeds, too, or give another name")
     unfinished = path.with_suffix(".tmp")
     with ProcessPoolExecutor(options.jobs) as pool, open(unfinished, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
@@ -439,6 +446,8 @@ def decompose(seed, env, groups=64, decisions=32_768, warmup=20, updates=10):
 
 def read(name):
     """{(line, setting): {column: (seeds, evaluations)}} of a CSV file."""
+    if not (CURVES / f"{name}.csv").exists():
+        raise ncdpo.UserError(f"there is no {CURVES / name}.csv: `modes.py run {name}` makes it")
     with open(CURVES / f"{name}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     runs = {}
@@ -571,18 +580,21 @@ def main(arguments=None):
     commands.add_parser("table", help="of CSV files").add_argument("names", nargs="+")
     commands.add_parser("figure")
     options, flags = parser.parse_known_args(arguments)
-    if options.command == "run":
-        try:
+    if flags and options.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    try:
+        if options.command == "run":
             run(options, flags)
-        except ncdpo.UserError as error:
-            print(f"modes: {' '.join(str(error).split()).rstrip('.')}.", file=sys.stderr)
-            return 2
-    elif options.command == "mechanism":
-        in_parallel(options, partial(decompose, env=task(options)), ["line", "seed", *MEASURED])
-    elif options.command == "table":
-        print(table(options.names))
-    else:
-        figure()
+        elif options.command == "mechanism":
+            in_parallel(options, partial(decompose, env=task(options)), ["line", "seed", *MEASURED],
+                        [(line, "") for line in CASES])
+        elif options.command == "table":
+            print(table(options.names))
+        else:
+            figure()
+    except ncdpo.UserError as error:
+        print(f"modes: {' '.join(str(error).split()).rstrip('.')}.", file=sys.stderr)
+        return 2
     return 0
 
 
