@@ -296,7 +296,7 @@ def run(options, flags):
         raise ncdpo.UserError("--evaluations and --jobs are at least 1, and --sweep wants a field and its values")
     changed = ncdpo.parse([flag for flag in flags if flag != "--"], SETTINGS)[3]
     if own := changed.keys() & {"env", "algo", "seed", "runs", "init_from"}:
-        raise ncdpo.UserError(f"{', '.join(sorted(own))}: modes.py chooses these itself, from NAME, --lines and --seeds")
+        raise ncdpo.UserError(f"{', '.join(sorted(own))}: modes.py chooses these itself, by NAME, --lines, --seeds")
     before = [run for line in options.lines for seed in options.seeds
               for run in (RUNS / options.name / line).glob(f"*__{seed}")]
     if before and not options.sweep:
@@ -333,8 +333,8 @@ def in_parallel(options, rows_of, columns, runs):
             before = {(row["line"], row.get("setting", ""), int(row["seed"])) for row in csv.DictReader(file)}
         if lost := before - {(*run, seed) for run in runs for seed in options.seeds}:
             line, setting, seed = min(lost)
-            raise ncdpo.UserError(f"{path} has {len(lost)} runs that would be lost, as {line} {setting} of seed {seed}: "
-                                  "name their lines, values and seeds, too, or give another name")
+            raise ncdpo.UserError(f"{path} has {len(lost)} runs that would be lost, as {line} {setting} of seed "
+                                  f"{seed}: name their lines, values and seeds, too, or give another name")
     unfinished = path.with_suffix(".tmp")
     with ProcessPoolExecutor(options.jobs) as pool, open(unfinished, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
