@@ -2829,6 +2829,7 @@ def test_E8_likelihood_steps_leave_the_choice_to_the_softmax(capsys):
     for agent, steps in zip(agents, (0, 500)):
         cloning.clone(agent, (2.0 * state[:, None] - 1, action, np.arange(8000) // 10), c.seed, 1000, 3e-3, steps)
     assert capsys.readouterr().out.count("likelihood steps") == 20
+    assert agents[0].policy.head.temperature == 0.1
     for s in (0, 1):
         cold, warm = (agent.policy.mean(agent.obs_norm(torch.full((2000, 1), 2.0 * s - 1)),
                                         agent.policy.draw_noise(2000)[0]) for agent in agents)
@@ -2849,7 +2850,8 @@ def test_a_cloned_expert_with_discrete_actions_reaches_its_return(tmp_path, caps
         obs = after
     path = saved(tmp_path / "d.npz", {key: torch.stack(x, 1).flatten(0, 1).numpy()
                                       for key, x in zip(cloning.DEMO_KEYS, zip(*rows))})
-    run = cloning.make(path, config(algo=algo, denoising_steps=10, hidden=64, runs=tmp_path), 1000, 3e-3)
+    run = cloning.make(path, config(algo=algo, denoising_steps=10, hidden=64, runs=tmp_path), 1000, 3e-3,
+                       {"ncdpo": 300, "ppo": None}[algo])
     assert "8 episodes, 4,000 steps, mean return 500.0 (what was cut off included)\n" in capsys.readouterr().out
     assert ncdpo.evaluate(run, episodes=8)["mean action"]["return"].mean() > 450
     with np.load(path) as file:

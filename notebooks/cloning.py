@@ -162,11 +162,17 @@ def fit(policy, loss_of, obs, action, seen, unseen, steps, learning_rate):
     policy.load_state_dict(average.module.state_dict())
 
 
-def make(source, config, steps=20_000, learning_rate=1e-3, likelihood_steps=0):
-    """Clone the demonstrations `source`; returns the new run folder, whose metrics.csv has no row yet."""
+def make(source, config, steps=20_000, learning_rate=1e-3, likelihood_steps=None):
+    """Clone the demonstrations `source`; returns the new run folder, whose metrics.csv has no row yet.
+
+    `likelihood_steps` are 4,000 of an ncdpo clone with Discrete actions, if not given, and else none.
+    """
     trainer = ncdpo.Trainer(config)
     with contextlib.closing(trainer.env):
-        if likelihood_steps and not (trainer.env.discrete and config.algo == "ncdpo"):
+        warms = trainer.env.discrete and config.algo == "ncdpo"
+        if likelihood_steps is None:
+            likelihood_steps = 4_000 if warms else 0
+        if likelihood_steps and not warms:
             raise UserError("--likelihood-steps are for --algo ncdpo and Discrete actions: a Gaussian would lose "
                             "modes, an MLP is cloned by its likelihood, and dppo starts from an ncdpo clone")
         demos = load(source, trainer.env)
@@ -190,13 +196,13 @@ def main(arguments=None):
     parser.add_argument("demos", help="the .npz file; all other flags behind it are those of ncdpo.py")
     parser.add_argument("--bc-steps", type=int, default=20_000, help="gradient steps, on minibatches of 256 [20000]")
     parser.add_argument("--bc-learning-rate", type=float, default=1e-3, help="it falls to 0 along a cosine [0.001]")
-    parser.add_argument("--likelihood-steps", type=int, default=0,
-                        help="of an ncdpo clone with Discrete actions, after these: leave choices to the softmax [0]")
+    parser.add_argument("--likelihood-steps", type=int, help="after these, of an ncdpo clone with Discrete actions: "
+                        "leave the choice to the softmax (E8) [4000]")
     line, flags = parser.parse_known_args(arguments)
     try:
         if line.bc_steps < 1 or not 0 < line.bc_learning_rate < math.inf:
             raise UserError("--bc-steps and --bc-learning-rate must be above 0")
-        if line.likelihood_steps < 0:
+        if (line.likelihood_steps or 0) < 0:
             raise UserError("--likelihood-steps must be 0 or more")
         config, evaluated, resumed, _ = ncdpo.parse(flags, PRESET)
         if evaluated or resumed or config.init_from:
