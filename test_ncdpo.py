@@ -3834,8 +3834,10 @@ def test_each_ncdpo_is_compared_with_the_line_of_its_ending_and_with_all_that_ha
         ("MLP+PPO / DPPO, matched noise", "1.33"), ("DPPO / NCDPO", "0.50")]
     assert said("--folder one --against two") == [("MLP+PPO / two", "0.50")]
     assert said("--folder one --against two --ratios ncdpo/ppo") == [("NCDPO / MLP+PPO, two", "1.50")]
-    assert "| pooled | all 2 | 3 | 1.41 [1.41, 1.41] **higher, provisional** |" in printed(
-        curves, monkeypatch, capsys, "curves.py --folder one --pool --ratios ncdpo/dppo dppo/dppo")
+    assert "| pooled | all 2 | 3 | 3.65 [3.65, 3.65] **higher, provisional** |" in printed(
+        curves, monkeypatch, capsys, "curves.py --folder one --pool --ratios ncdpo/dppo-matched ncdpo-sample/dppo")
+    assert "| pooled | MLP+PPO / two, Task-v0 | 3 | 0.50" in printed(
+        curves, monkeypatch, capsys, "curves.py --folder one --against two --pool --ratios ppo/ppo")
     with pytest.raises(SystemExit, match="no such lines"):
         said("--folder one --ratios ppo5/ppo6")
 

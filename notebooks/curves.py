@@ -322,7 +322,8 @@ def compare(folders, against, chosen, pool):
             others_name = against if ours == theirs else f"{label(theirs)}, {against}"
         cases[f"{label(ours)} / {others_name}"] = {
             env: (measures(curves[env][ours]), measures(others[env][theirs])) for env in tasks}
-    if pool and len({line for pair in pairs for line in pair}) < 2 * len(pairs):
+    used = [(side if against else 0, line) for pair in pairs for side, line in enumerate(pair)]
+    if pool and len(set(used)) < len(used):
         raise SystemExit("curves: --pool wants --ratios without a line in common, as it takes them for independent")
     if pool:
         cases = {"pooled": {f"{case}, {env}": pair for case in cases for env, pair in cases[case].items()}}
