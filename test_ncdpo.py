@@ -3297,7 +3297,9 @@ def test_deploy_a_loaded_policy_acts_on_raw_observations_as_an_evaluation_does(t
     obs, total, ended = task.reset(seed=int(seed))[0], 0.0, False
     while not ended:
         for action in policy(np.ravel(obs)) if "action_chunk" in given else [policy(np.ravel(obs))]:
-            assert isinstance(action, (np.ndarray, np.generic)) and task.action_space.contains(action)
+            assert isinstance(action, (np.ndarray, np.generic))
+            action = action.astype(task.action_space.dtype)
+            assert task.action_space.contains(action)
             obs, reward, terminated, truncated, _ = task.step(action)
             total, ended = total + float(np.squeeze(reward)), terminated or truncated
             if ended:
@@ -3611,6 +3613,9 @@ def test_scored_steps_train_and_evaluates_with_the_steps_that_its_flags_name(e16
     for way in ("--evaluate", "--resume"):
         assert e16.main([way, str(run)]) == 2
         assert capsys.readouterr().err == f"e16: {run} is a run of dppo: give --scored-steps as it was trained.\n"
+    ncdpo.save_config(dataclasses.replace(ncdpo.load_config(run), algo="ppo"), run)
+    assert e16.main(["--evaluate", str(run)]) == 2
+    assert capsys.readouterr().err == f"e16: {run} is a run of ppo: ncdpo.py goes on with it.\n"
     for wrong in ([*flags, "--algo", "ncdpo"], [*flags[2:], "--algo", "dppo"]):  # which would ignore it
         with pytest.raises(SystemExit):
             e16.main(wrong)
@@ -3726,8 +3731,8 @@ def test_runs_of_another_program_are_resumed_but_not_repeated_and_become_files(t
     assert curves.load(folder)["a_b"]["dppo"]["mean action"].tolist() == [7.5, 7.5]
     kept = contents(tmp_path)
     for changed, words in ((line.replace("--seeds 1 2", "--seeds 2 3"), r"would be lost \(1\)"),
-                           (line.replace("run-{seed}", "x"), r"made with other.py a:b\?c=1 --rate run-{seed}: remove"),
-                           (line.replace("c=1", "c=2"), r"made with other.py a:b\?c=1 --rate run-{seed}: remove it"),
+                           (line.replace("run-{seed}", "x"), r"made with other.py a:b\?c=1 --rate run-{seed}, not"),
+                           (line.replace("c=1", "c=2"), r"run-{seed}, not made with other.py a:b\?c=2 --rate"),
                            ("curves.py --foldr x", "2"), ("curves.py show nowhere", "nowhere is no run folder"),
                            ("curves.py --ratios ncdpo", "--ratios wants LINE/LINE"),
                            ("curves.py --pool --ratios a/b a/c", "--pool wants --ratios without a line in common")):

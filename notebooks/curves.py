@@ -105,7 +105,7 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
     def one(seed):
         run, log = runs / f"{task_name}__{algo}__{seed}", runs / f"{task_name}__{algo}__{seed}.log"
         if log.exists() and (first := log.read_text().split("\n", 1)[0]).startswith("made with") and first != said:
-            raise SystemExit(f"curves: {run} was {first}: remove it, or give another --name")
+            raise SystemExit(f"curves: {run} was {first}, not {said}: give another --name, or remove it")
         if not (log.exists() and "mean action" in evaluation(log.read_text())):  # what only a finished run prints
             task = ["--env", env, "--algo", algo, "--seed", str(seed), "--runs", str(runs)]
             if run.exists():
@@ -332,7 +332,8 @@ def compare(folders, against, chosen, pool):
                          "two without a common seed")
     print(table(curves), ratio_table(cases, paired), sep="\n\n")
     if not (against or chosen or folders[1:]) and lines.keys() & LINES.keys():
-        tuned = folders[0] in ("games-ft", "games-33") or folders[0].startswith(("finetune", "field", "manipulation"))
+        tuned = folders[0] in ("games-ft", "games-warm", "games-33") or folders[0].startswith(
+            ("finetune", "field", "manipulation"))
         title = "Fine-tuning" if tuned else "From scratch"
         figure(curves, title=title).savefig(paths[0] / "curves.png", dpi=130)
 

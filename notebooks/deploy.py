@@ -35,7 +35,6 @@ class LoadedPolicy(nn.Module):
             omega, drawn = policy.draw_noise(B)
             noise = drawn if self.way == "exploring" else noise
         action = ncdpo.to_task(self.agent.act(rows, omega, noise)[0], **self.bounds)
-        action = action.long() if self.bounds.get("whole") or not action.is_floating_point() else action.float()
         if self.chunk > 1:
             action = action.unflatten(-1, (self.chunk, -1))
         action = action if len(obs.shape) > 1 else action[0]
@@ -45,7 +44,8 @@ class LoadedPolicy(nn.Module):
 def load_policy(run, way="zero noise"):
     """A saved run's policy on the CPU, as a module without gradients; `way` as in ncdpo.evaluate. Raises UserError.
 
-    A Box action is (A,), or of a chunk (H, A), to be played in a row; a Discrete one (). With a batch: (B, ...).
+    A Box action is (A,), or of a chunk (H, A), to be played in a row; a Discrete one (). With a batch: (B, ...). It has
+    64 bits: action.astype(env.action_space.dtype) is what a task that looks at the type wants.
     """
     if way not in WAYS:
         raise ncdpo.UserError(f"way must be one of {', '.join(WAYS)}, and is {way!r}")

@@ -81,8 +81,8 @@ def check(algo, flags):
     _, evaluated, resumed, _ = ncdpo.parse(flags)
     run = resumed if evaluated is None else evaluated
     if run is not None and (found := ncdpo.load_config(run).algo) != algo:
-        way = "--scored-steps as it was trained" if found == "dppo" else "no --scored-steps"
-        raise ncdpo.UserError(f"{run} is a run of {found}: give {way}")
+        way = {"dppo": "give --scored-steps as it was trained", "ncdpo": "leave out --scored-steps"}
+        raise ncdpo.UserError(f"{run} is a run of {found}: {way.get(found, 'ncdpo.py goes on with it')}")
 
 
 def main(arguments=None):
