@@ -107,8 +107,8 @@ def bc_loss(policy, obs, action):
 def likelihood_loss(policy, obs, action):
     """-log pi(a | s, omega) (E8) of one-hot actions, with fresh noise; obs (B, S), action (B, A).
 
-    Its mean is above that of -log pi(a | s) (Jensen, as in E14). Least is a chain that leaves choices to the head: a
-    softmax keeps all of them, and explores where the score sees it (E17).
+    Its mean is at least that of -log pi(a | s) (Jensen), and equal to it if the likelihood does not depend on omega: if
+    the chain leaves the choice to the softmax, which can have any frequencies, and explores where the score sees it.
     """
     omega, _ = policy.draw_noise(len(obs), device=obs.device)
     return -policy.log_prob(obs, action.argmax(-1), omega).mean()
