@@ -66,13 +66,17 @@ class Schedule(nn.Module):
     A chain that was cloned with `steps` (E18's K) may be run on fewer, evenly spaced `sampling_steps` (E18's S, here
     K): the k-th of them is step tau(k) of training. An int or a LongTensor (...) is an index into the tables: of
     training's steps `signal`, sqrt(abar), and `noise`, sqrt(1 - abar), of those that are run the others.
-    x, eps and output are (..., A). Raises ValueError for an eta outside [0, 1].
+    x, eps and output are (..., A). Raises ValueError for an argument that is out of range.
     """
 
     def __init__(self, steps, predict="sample", eta=1.0, clip=1.0, sampling_steps=None):
         super().__init__()
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be from 0 to 1, and is {eta}")
+        if not 1 <= (sampling_steps or steps) <= steps:
+            raise ValueError(f"sampling_steps must be from 1 to steps = {steps}, and is {sampling_steps}")
+        if predict not in ("sample", "epsilon", "v"):
+            raise ValueError(f"predict must be sample, epsilon or v, and is {predict}")
         self.steps, self.K, self.predict, self.clip = steps, sampling_steps or steps, predict, clip
         self.register_buffer("taus", torch.tensor([self.tau(k) for k in range(self.K + 1)]), persistent=False)
         f = torch.cos((torch.arange(steps + 1).double() / steps + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -221,8 +225,9 @@ class NCDPO(nn.Module):
     """Noise-conditioned diffusion policy: the denoising chain is the mean, its noise part of the state (E6-E9).
 
     Observations are normalised, (B, S); actions (B, A) live in [-1, 1], or are indices (B,) with a Categorical head;
-    omega is (B, K, A). `denoiser` is any module net(x_k, k, s) with the shapes of Denoiser.forward; `schedule` are more
-    arguments of Schedule. What must be kept with an action to score it again is its `latent`, which is omega here.
+    omega is (B, K, A). `denoiser` is any module net(x_k, k, s) with the shapes of Denoiser.forward, and must give the
+    same twice: call eval() where it has dropout. `schedule` are more arguments of Schedule. What must be kept with an
+    action to score it again is its `latent`, which is omega here.
     """
 
     def __init__(self, obs_dim, act_dim, steps=5, hidden=128, activation="silu", noise_scale=1.0, head=None,
@@ -379,6 +384,7 @@ class Agent(nn.Module):
         self.policy = make_policy(config, policy_dim, act_dim, discrete)
         self.critic = mlp(obs_dim, config.hidden, 1, config.activation, last_gain=1.0)
         self.obs_norm, self.reward_norm = Normalizer(obs_dim), Normalizer(1)
+        self.eval()  # of networks of your own: with dropout the ratio would not be one where nothing has changed
 
     def act(self, obs, omega, noise):
         """policy.act on raw observations (N, S)."""
@@ -426,8 +432,8 @@ class Trainer:
             row["sigma"] = self.agent.policy.head.log_std.exp().mean().item()
             row["chain_std"] = chain_std(self.agent.policy, batch["obs"][::max(1, len(batch["obs"]) // 128)])
         if not all(map(math.isfinite, [*row.values(), rollout["obs"].sum(), rollout["reward"][..., 0].sum()])):
-            raise UserError(f"an observation, a reward or the loss is not finite in update {self.done + 1}; "
-                            "if it is the loss, lower --learning-rate")
+            raise UserError(f"an observation, a reward or the loss is not finite in update {self.done + 1}; if it is "
+                            "the loss, start with a lower --learning-rate (from this run by --init-from)")
         episodes = self.finished(rollout)
         if len(episodes):
             row |= zip(("return", "length", "success"), episodes.mean(0).tolist())
@@ -446,7 +452,7 @@ class Trainer:
             decision = self.agent.act(self.obs, omega[t], noise[t])
             obs, reward, terminated, truncated, final_obs = self.env.step(decision[0])
             rows.append((self.obs, *decision, reward, terminated, terminated | truncated, final_obs,
-                         self.env.envs.success))
+                         self.env.envs.success.clone()))
             self.obs = obs
         names = "obs action log_prob latent reward terminated ended final_obs success".split()
         return dict(zip(names, map(torch.stack, zip(*rows))))
@@ -484,7 +490,7 @@ class Trainer:
 
 
 def discounted_sums(reward, ended, carry, gamma):
-    """Running discounted sum within each episode of rewards (T, N), from `carry` (N,) on; and the carry after it."""
+    """Running discounted sums within each episode of rewards (T, N, ...), from `carry` (N, ...) on; the carry after."""
     sums = torch.empty_like(reward)
     for t in range(len(reward)):
         sums[t] = carry * gamma + reward[t]
@@ -527,14 +533,19 @@ class VectorEnv:
     def reset(self, *seed, repeat=1):
         """First observations (N, S), drawn by `seed`; `repeat` groups of Gymnasium's copies start alike."""
         seeds = np.random.SeedSequence(seed).generate_state(self.num_envs // repeat) // 2
-        return self.envs.reset(seeds.tolist() * repeat).to(self.device)
+        obs = self.envs.reset(seeds.tolist() * repeat).to(self.device, copy=True)
+        if obs.shape[1:] != (self.obs_dim,):
+            raise UserError(f"{self.env_id} gave observations of shape {tuple(obs.shape[1:])}, but its "
+                            f"observation_space has {self.obs_dim} numbers: correct one of them")
+        return obs
 
     def step(self, action):
         """Action (N, H * A) in [-1, 1], or indices (N,); gives obs (N, S), reward (N, H), the bools terminated and
         truncated (N,), and final_obs (N, S).
         """
         action = to_task(action.to(self.envs.device), **self.bounds)
-        obs, reward, *rest = (x.to(self.device) for x in self.envs.step(action))
+        # copies, as a simulator may write the next step into the same memory
+        obs, reward, *rest = (x.to(self.device, copy=True) for x in self.envs.step(action))
         return obs, reward.to(torch.get_default_dtype()), *rest
 
 
@@ -554,8 +565,9 @@ def make_envs(env_id, num_envs, chunk, device, vector):
     first numbers of an observation the policy sees (the critic sees all).
     """
     module, _, name = env_id.partition(":")
+    with told(f"cannot import {module} (is it beside ncdpo.py or on PYTHONPATH?)", ImportError):
+        make_vec = module and name and getattr(importlib.import_module(module), "make_vec", None)
     with told(f"cannot make {env_id}", ValueError, ImportError):
-        make_vec = name and getattr(importlib.import_module(module), "make_vec", None)
         own = make_vec(name, num_envs, device) if make_vec else None
     one = own or make_env(env_id)
     obs, act = one.observation_space, one.action_space
@@ -572,7 +584,7 @@ def make_envs(env_id, num_envs, chunk, device, vector):
 
 def make_env(env_id, **more):
     """gym.make without warnings of age; raises UserError for an unknown name or a missing package."""
-    entry = str(getattr(gym.registry.get(env_id), "entry_point", ""))
+    entry = str(getattr(gym.registry.get(env_id.rpartition(":")[2]), "entry_point", ""))
     words, kinds = f"cannot make {env_id}", [gym.error.Error, ImportError]
     if re.match("gymnasium_robotics|metaworld", entry) and not version("mujoco").startswith("3."):
         words += (f" with MuJoCo {version('mujoco')}; its suite wants MuJoCo 3 (pip install 'mujoco<4', in an "
@@ -942,8 +954,8 @@ def locked(run):
         lock = open(run / "lock", "w")
     with lock:
         words = f"another process writes {run}, wait for it or stop it"
-        with contextlib.suppress(ImportError), told(words, OSError):
-            import fcntl  # Windows has another way
+        with contextlib.suppress(ImportError, OSError), told(words, BlockingIOError):
+            import fcntl  # Windows has another way, some network disks have none
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
@@ -996,14 +1008,14 @@ def load_agent(run, **changed):
     Raises UserError; warns if MuJoCo was another then.
     """
     config = dataclasses.replace(before := load_config(run), **changed)
-    require_same(before, config, OF_NETWORK)
+    require_same(before, config, OF_NETWORK | {"algo", "min_std"})
     with reading(run):
         state = torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
         agent = Agent(config, *state["spaces"])
         agent.load_state_dict(state["agent"])
         then, now = json.loads(Path(run, "config.json").read_text())["versions"]["mujoco"], version("mujoco")
     if then != now:
-        print(f"ncdpo: {run} is of MuJoCo {then}, this is {now}: physics differs", file=sys.stderr)
+        print(f"ncdpo: {run} is of MuJoCo {then}, this is {now}, whose physics differs", file=sys.stderr)
     return config, agent, state
 
 
@@ -1023,6 +1035,8 @@ def require_spaces(env, state):
 def resume_from(trainer, run):
     """Go on from a run's own checkpoint, with new episodes (seeded by how far it had come)."""
     state = start_from(trainer, run)
+    if not (state["update"] or trainer.config.init_from or trainer.agent.obs_norm.count == 0):
+        raise UserError(f"{run} is a clone: improve it by --init-from {run}")
     with reading(run):
         # an accelerator must not repeat its first noise
         torch.manual_seed(1_000 * trainer.config.seed + state["update"])
@@ -1067,7 +1081,10 @@ def evaluate(run, *, max_steps=100_000, **changed):
     with contextlib.closing(env):
         torch.default_generator.manual_seed(seed)
         obs = env.reset(seed, repeat=3)
-        while alive.any() and sums[:, 1].max() < max_steps:  # some tasks never end
+        while alive.any() and (steps := int(sums[:, 1].max())) < max_steps:
+            if steps and steps % 10_000 < config.action_chunk:
+                print(f"ncdpo: {steps:,} steps and no end, cut off after {max_steps:,}; give the task a limit "
+                      "(max_episode_steps of gymnasium.register)", file=sys.stderr)
             omega, noise = agent.policy.draw_noise(N)
             noise[N // 3:] = 0
             omega[2 * N // 3:] = 0
@@ -1133,9 +1150,9 @@ class Config:
     critic_warmup: int = 0  # first updates, in which only the critic learns
     hidden: int = 128  # width of the two hidden layers of actor and critic
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
-    init_std: float = 0.22  # initial sigma (E7) of ncdpo and ppo; of --init-from if it or --algo differs
+    init_std: float = 0.22  # initial sigma (E7) of ncdpo and ppo; --init-from keeps its learnt one if this is the same
     action_chunk: int = 1  # actions H that are played in a row: one decision of PPO
-    mean_log_prob: bool = False  # average log-likelihoods over coordinates, not sum
+    mean_log_prob: bool = False  # average a Box action's log-likelihoods over its coordinates, not sum
 
     # the denoising chain of ncdpo and dppo
     denoising_steps: int = 5  # K, from 1 to 100
@@ -1171,9 +1188,15 @@ class Config:
             raise UserError("--critic-warmup needs --critic-learning-rate")
 
     @classmethod
-    def for_task(cls, env="HalfCheetah-v4", **given):
-        """The defaults of a task: those above, then its PRESETS, then what is given."""
-        return cls(**{"env": env, **PRESETS.get(env.split("/")[-1].rsplit("-v", 1)[0], {}), **given})
+    def for_task(cls, env=None, **given):
+        """What is given; else what the run `init_from` has, but for its end, or a task's PRESETS and those above."""
+        if env is not None:
+            given["env"] = env
+        if given.get("init_from") is not None:
+            given = {"total_timesteps": cls.total_timesteps, "runs": cls.runs} | given
+            return dataclasses.replace(load_config(given["init_from"]), **given)
+        task = given.get("env", cls.env).split("/")[-1].rsplit("-v", 1)[0]
+        return cls(**PRESETS.get(task, {}) | given)
 
 
 LIMITS = {"denoising_steps": (1, 100), "minibatch_size": (2, 1e9), "num_steps": (2, 1e6), "hidden": (1, 4096),
@@ -1195,8 +1218,9 @@ def parse(arguments, preset=None):
         description="NCDPO in one file. Defaults in brackets; some tasks have their own (PRESETS).",
         usage="python ncdpo.py [--flag value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     verbs = parser.add_mutually_exclusive_group()
-    verbs.add_argument("--resume", help="go on with this run folder; new may be " + ", ".join(sorted(MAY_CHANGE)))
-    verbs.add_argument("--evaluate", help="play this run folder, but for the flags given as it was trained")
+    verbs.add_argument("--resume", help="go on with this run folder; these flags may change: "
+                       + ", ".join(sorted(MAY_CHANGE)).replace("_", "-"))
+    verbs.add_argument("--evaluate", help="play this run folder as it was trained, but for the flags that are given")
     comments = dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         kinds = get_args(field.type) or [field.type]
@@ -1210,9 +1234,7 @@ def parse(arguments, preset=None):
         parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args(arguments))
     evaluated, resumed = given.pop("evaluate", None), given.pop("resume", None)
-    if evaluated is None and resumed is None and "init_from" in given:
-        given = {"total_timesteps": Config.total_timesteps, "runs": Config.runs} | given
-    for run in (evaluated, resumed, given.get("init_from")):
+    for run in (evaluated, resumed):
         if run is not None:
             return dataclasses.replace(load_config(run), **given), evaluated, resumed, given
     return Config(**preset | given) if preset else Config.for_task(**given), None, None, given

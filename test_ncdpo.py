@@ -40,6 +40,7 @@ Which tests check which equation of README.md (python -m pytest -k E5_ runs thos
 import ast
 import csv
 import dataclasses
+import errno
 import importlib
 import importlib.metadata
 import importlib.util
@@ -223,6 +224,14 @@ def test_E3_E4_E18_reverse_step_is_ddpms_posterior_at_eta_1_and_ddims_step_at_et
 def test_E4_more_noise_than_ddpms_is_refused(eta):
     with pytest.raises(ValueError, match="eta must be from 0 to 1"):
         ncdpo.Schedule(5, eta=eta)
+
+
+@pytest.mark.parametrize("given, words", [(dict(predict="eps"), "sample, epsilon or v, and is eps"),
+                                          (dict(sampling_steps=6), "from 1 to steps = 5, and is 6"),
+                                          (dict(steps=0), "from 1 to steps = 0")], ids=str)
+def test_a_chain_that_cannot_be_run_is_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        ncdpo.NCDPO(3, 2, **{"steps": 5, **given})
 
 
 def test_a_table_gives_an_int_and_a_tensor_of_them_the_same_numbers(float64):
@@ -591,6 +600,38 @@ def test_any_network_may_denoise_and_is_trained_by_ppo_and_cloned(kind):
     omega, noise = policy.draw_noise(64)
     shown, cloned = expert(batch["obs"]), policy.act(batch["obs"], 0 * omega, 0 * noise)[0]
     assert (cloned - shown).square().mean() < 0.03 * shown.square().mean()
+
+
+def test_the_file_of_running_md_gives_all_commands_another_network(tmp_path, monkeypatch):
+    running = (HERE / "notebooks" / "RUNNING.md").read_text()
+    text, = re.findall(r"```python\n(import sys\nimport ncdpo\n.+?)```", running, re.DOTALL)
+    monkeypatch.setattr(ncdpo, "Denoiser", ncdpo.Denoiser)  # to be put back
+    exec(text, {"__name__": "mine"})
+    run, trainer = a_clone(tmp_path / "run", env="TinyBox-v0", hidden=8)
+    policy = ncdpo.load_agent(run)[1].policy
+    assert type(policy.denoiser).__name__ == "Residual" and len(trainer.iterate())
+    x, obs = torch.randn(4, 2), torch.randn(4, 6)
+    plain = super(type(policy.denoiser), policy.denoiser).forward(x, 2, obs)
+    torch.testing.assert_close(policy.denoiser(x, 2, obs), x + plain)
+
+
+def test_dropout_of_a_network_of_ones_own_is_for_cloning_alone(tmp_path, monkeypatch):
+    class Dropped(ncdpo.Denoiser):
+        masked = 0
+
+        def forward(self, x, k, obs):
+            self.masked += self.training
+            return torch.nn.functional.dropout(super().forward(x, k, obs), 0.5, self.training)
+
+    monkeypatch.setattr(ncdpo, "Denoiser", Dropped)
+    run, trainer = a_clone(tmp_path / "run", env="TinyBox-v0", hidden=8)
+    policy, demos = trainer.agent.policy, (torch.randn(40, 6), torch.zeros(40, 2), np.arange(40) // 4)
+    cloning.clone(trainer.agent, demos, seed=1, steps=3)
+    assert policy.denoiser.masked == 3  # and not where the loss held out is taken
+    obs = torch.randn(50, 6)
+    action, log_prob, omega = policy.sample(obs)
+    assert torch.equal(policy.log_prob(obs, action, omega), log_prob)
+    assert ncdpo.load_agent(run)[1].training is False and policy.denoiser.masked == 3
 
 
 # --- PPO --------------------------------------------------------------------------------------------------------------
@@ -1222,6 +1263,23 @@ def test_an_error_in_ones_own_task_stays_what_it_is(own, method, error):
         env.step(torch.tensor([0]))
 
 
+def test_an_error_in_ones_own_module_stays_what_it_is_but_a_missing_module_is_told(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mistaken.py").write_text("int('three')")
+    with pytest.raises(ValueError, match="'three'"):
+        VectorEnv("mistaken:MyTask-v0", 1, CPU)
+    with pytest.raises(UserError, match="beside ncdpo.py or on PYTHONPATH.*No module named 'forgotten'"):
+        VectorEnv("forgotten:MyTask-v0", 1, CPU)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_observations_of_another_size_than_the_tasks_space_are_refused(own, size):
+    """Those of one number would be broadcast without a word."""
+    env = VectorEnv(own(Tiny, observation_space=gym.spaces.Box(-1, 1, (size,))), 2, CPU)
+    with pytest.raises(UserError, match=rf"of shape \(6,\), but its observation_space has {size} numbers"):
+        env.reset(1)
+
+
 class Worlds:
     """Worlds of three agents, each of which ends every fourth step, well for the first agent alone."""
 
@@ -1248,6 +1306,32 @@ class Worlds:
 
     def close(self):
         pass
+
+
+def test_a_simulator_may_write_each_step_into_the_same_memory(monkeypatch):
+    class InPlace(Worlds):
+        """The step is observed and paid, and the agent that succeeds has its number."""
+
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.obs, self.reward, self.t = torch.zeros(3, 4), torch.zeros(3, 1), -1
+
+        def reset(self, seeds):
+            return self.step(torch.zeros(3, dtype=torch.long))[0]
+
+        def step(self, action):
+            self.t += 1
+            self.success[:] = self.t % 2
+            ended = torch.zeros(3, dtype=torch.bool)
+            return self.obs.fill_(self.t), self.reward.fill_(self.t), ended, ended, self.obs
+
+    monkeypatch.setitem(sys.modules, "worlds", types.SimpleNamespace(make_vec=InPlace))
+    trainer = ncdpo.Trainer(config(env="worlds:x", num_envs=1, num_steps=4, total_timesteps=24))
+    for first in (0, 4):
+        rollout = trainer.play()
+        for name, values in {"obs": range(4), "reward": range(1, 5), "final_obs": range(1, 5)}.items():
+            assert rollout[name][:, 0, 0].tolist() == [first + x for x in values], name
+        assert rollout["success"][:, 0].tolist() == [1, 0, 1, 0]
 
 
 @pytest.fixture
@@ -1338,6 +1422,8 @@ def test_a_suite_that_fails_under_a_new_mujoco_is_told_to_want_an_old_one(own, m
     told = IndexError if error is IndexError else UserError
     with pytest.raises(told, match="no mj_full_m" if error is IndexError else r"mujoco<4.*no mj_full_m"):
         VectorEnv(own(f"{suite}:Env"), 1, CPU)
+    with pytest.raises(told, match="no mj_full_m" if error is IndexError else r"mujoco<4.*no mj_full_m"):
+        VectorEnv("math:" + own(f"{suite}:Env"), 1, CPU)  # as any module that registers it
     monkeypatch.setattr(ncdpo, "version", lambda package: "3.3.0")  # which cannot be blamed
     with pytest.raises(error, match="no mj_full_m"):
         VectorEnv(own(f"{suite}:Env"), 1, CPU)
@@ -1789,9 +1875,18 @@ def test_an_evaluation_is_described_by_mean_spread_and_range():
     assert ncdpo.describe({"exploring": values}) == f"    exploring: {returns}, {lengths}"
 
 
-def test_a_run_that_began_with_a_clone_is_resumed_without_it(tmp_path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_that_began_with_a_clone_is_resumed_without_it(tmp_path, monkeypatch, stopped):
+    """Also one that was stopped in its first update, which looks like the clone."""
+    def interrupted(self):
+        raise KeyboardInterrupt
+
     clone, _ = a_clone(tmp_path / "clone", env="TinyBox-v0")
-    assert main(["--init-from", str(clone), "--total-timesteps", "128", "--runs", str(tmp_path / "runs")]) == 0
+    if stopped:
+        monkeypatch.setattr(ncdpo.Trainer, "iterate", interrupted)
+    flags = ["--init-from", str(clone), "--total-timesteps", "128", "--runs", str(tmp_path / "runs")]
+    assert main(flags) == (130 if stopped else 0)
+    monkeypatch.undo()
     shutil.rmtree(clone)
     run, = (tmp_path / "runs").iterdir()
     assert main(["--resume", str(run), "--total-timesteps", "192"]) == 0 and len(rows_of(run)) == 3
@@ -1928,6 +2023,8 @@ def test_runs_of_two_seeds_go_on_with_episodes_of_their_own(tmp_path):
     starts = []
     for seed in (1, 2):
         run, trainer = a_clone(tmp_path / str(seed), env="Tiny-v0", seed=seed)
+        trainer.done = 1
+        ncdpo.save_checkpoint(trainer, run)
         ncdpo.resume_from(trainer, run)
         starts.append(trainer.obs[:, 0])
     assert not torch.isin(*starts).any()
@@ -2104,13 +2201,20 @@ def test_ctrl_c_says_how_to_go_on_and_loses_only_the_updates_since_the_checkpoin
     assert [row["update"] for row in rows_of(run)] == ["1", "2", "3", "4", "5", "6"]
 
 
-def test_one_process_at_a_time_writes_into_a_folder_but_many_may_evaluate_it(run, capsys):
-    pytest.importorskip("fcntl")
+def test_one_process_at_a_time_writes_into_a_folder_but_many_may_evaluate_it(run, capsys, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def unlocked(*given):
+        raise OSError(errno.ENOSYS, "no locks")
+
     with ncdpo.locked(run):
         before = contents(run)
         assert "another process" in complaint(capsys, "--resume", run, "--total-timesteps", "512")
         assert main(["--evaluate", str(run)]) == 0 and contents(run) == before
     assert main(["--resume", str(run), "--total-timesteps", "320"]) == 0 and len(rows_of(run)) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", unlocked)
+        assert main(["--resume", str(run), "--total-timesteps", "384"]) == 0  # a network disk that has no locks
     (run / "lock").unlink()
     (run / "lock").mkdir()  # cannot be opened, as in a folder of somebody else, but for root, too
     assert "cannot write into" in complaint(capsys, "--resume", run, "--total-timesteps", "640")
@@ -2312,14 +2416,24 @@ def test_resume_refuses_a_finished_run_and_goes_on_with_more_steps_and_another_s
     assert len(rows_of(run)) == 5 and ncdpo.load_config(run).vector == "sync"
 
 
-@pytest.mark.parametrize("flags", [["--episodes", "0"], ["--episodes", "-3"], ["--eta", "2"], ["--env", "Pendulum-v1"],
-                                   ["--algo", "ppo"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--episodes", "0"], ["--episodes", "-3"], ["--eta", "2"],
+                                   ["--env", "Pendulum-v1"]], ids=" ".join)
 def test_evaluation_refuses_what_cannot_be(run, capsys, flags):
-    error = complaint(capsys, "--evaluate", run, *flags)
-    assert str(run) in error if flags[0] == "--algo" else flags[1] in error  # the weights do not fit
+    assert flags[1] in complaint(capsys, "--evaluate", run, *flags)
 
 
-@pytest.mark.parametrize("flags", [["--hidden", "64"], ["--predict", "epsilon"], ["--denoising-steps", "9"],
+def test_an_episode_that_does_not_end_is_told_while_an_evaluation_waits_for_it(tmp_path, own, capsys):
+    endless = own(Tiny, steps=None, action_space=BOX)
+    run, _ = a_clone(tmp_path / "run", env=endless, action_chunk=100, num_steps=2, total_timesteps=400, episodes=1)
+    ncdpo.evaluate(run, max_steps=9_900)
+    assert not capsys.readouterr().err
+    result = ncdpo.evaluate(run, max_steps=10_100)
+    assert capsys.readouterr().err.count("10,000 steps and no end, cut off after 10,100; give the task a limit") == 1
+    assert result["exploring"]["length"].tolist() == [10_100]
+
+
+@pytest.mark.parametrize("flags", [["--algo", "ppo"], ["--min-std", "0.7"], ["--hidden", "64"],
+                                   ["--predict", "epsilon"], ["--denoising-steps", "9"],
                                    ["--activation", "tanh"], ["--action-chunk", "2"]], ids=" ".join)
 def test_evaluation_refuses_another_network(run, capsys, flags):
     """Also where the weights would fit: they would play another policy."""
@@ -2350,6 +2464,15 @@ def test_configurations_take_numbers_of_other_kinds_and_keep_plain_ones():
         assert getattr(c, name) == value and type(getattr(c, name)) is type(value), name
     assert json.loads(json.dumps(vars(c))) == vars(c) and c == ncdpo.Config(**vars(c))
     assert ncdpo.Config(seed=2**31 - 1).seed == 2**31 - 1  # what torch and NumPy take
+
+
+def test_settings_from_python_are_those_of_the_run_to_start_from_as_on_the_command_line(run):
+    before = ncdpo.load_config(run)
+    made = ncdpo.Config.for_task(init_from=run, gamma=0.5)
+    assert made == ncdpo.parse(["--init-from", str(run), "--gamma", "0.5"])[0] == dataclasses.replace(
+        before, init_from=str(run), gamma=0.5, runs="runs", total_timesteps=ncdpo.Config.total_timesteps)
+    assert before.hidden == made.hidden != ncdpo.Config.hidden and before.runs != "runs"
+    assert ncdpo.Config.for_task("Tiny-v0", init_from=run, runs="x").env == "Tiny-v0"  # another task of its spaces
 
 
 def test_defaults_are_the_presets_of_the_task_but_for_what_is_given():
@@ -2741,7 +2864,7 @@ DAMAGES = [
     (dict(observations=np.where(ROWS[:, None] == 11, np.nan, np.zeros((30, 6)))), "row 11"),
     (dict(rewards=np.where(ROWS == 4, np.inf, 0.0)), "row 4"),
     (dict(actions=np.where(ROWS[:, None] == 17, 11.0, np.full((30, 2), 2.5))), "row 17"),
-    (dict(truncations=np.zeros(30), terminations=np.zeros(30)), "fewer than two episodes"),
+    (dict(truncations=np.zeros(30), terminations=np.zeros(30)), "fewer than two episodes.*mark each one's last row"),
     (dict(truncations=np.ones(30)), "--action-chunk 2"),
     ({key: np.zeros(0) for key in cloning.DEMO_KEYS}, "need"),
     (dict(rewards=np.zeros(30, object)), "cannot read"),  # a pickle, which may run anything
@@ -2762,6 +2885,7 @@ def test_damaged_demonstrations_are_told_in_one_line(tmp_path, capsys):
     for source in (without_a_key, *(tmp_path / f"{name}.npz" for name in ("text", "cut", "empty", "missing"))):
         error = scripts_complaint(capsys, cloning, source, *flags)
         assert f"cannot read demonstrations from {source}" in error
+        assert ("it lacks truncations, see --help" in error) == (source == without_a_key)
     assert not (tmp_path / "runs").exists()
 
 
@@ -2937,6 +3061,9 @@ def test_a_clone_is_a_run_folder_without_updates_whose_preset_travels_on(tmp_pat
     assert rows_of(run) == [] and checkpoint_of(run)["update"] == 0
     changed = dict(runs=tmp_path, action_chunk=2, num_envs=2, hidden=16, device="cpu", episodes=3)
     assert ncdpo.load_config(run) == ncdpo.Config("TinyBox-v0", **cloning.PRESET | changed)
+    before = contents(run)
+    assert f"is a clone: improve it by --init-from {run}" in complaint(capsys, "--resume", run, "--total-timesteps", 1536)
+    assert contents(run) == before
     c = ncdpo.parse(["--init-from", str(run), "--env", "TinyBox-v0"])[0]
     assert c.total_timesteps == ncdpo.Config.total_timesteps and c.init_std == cloning.PRESET["init_std"]
     for line, words in ((["--bc-steps", 0], "--bc-steps"), (["--bc-learning-rate", "nan"], "--bc-learning-rate"),
@@ -3176,7 +3303,8 @@ def test_a_demonstrator_that_does_not_get_there_is_told(demos, tmp_path, capsys,
     assert demos.main(line) == 0 and "mean return 1e+09 was not reached" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task, good", [("Tiny-v0", True), ("Tiny-v7", True), ("TinyEnds-v0", False)])
+@pytest.mark.parametrize("task, good", [("Tiny-v0", True), ("Tiny-v7", True), ("mine:Tiny-v0", True),
+                                        ("TinyEnds-v0", False)])
 def test_demonstrations_of_another_version_of_the_task_will_do(task, good, tmp_path):
     np.savez(tmp_path / "d.npz", **tiny_demos(), env=task.replace("Tiny-", "TinyBox-"))
     env = VectorEnv("TinyBox-v0", 2, CPU)

@@ -12,7 +12,7 @@
 #            dataset:  achieved_goal (kettle, microwave), desired_goal (kettle, microwave), observation (59)
 #            concatenated: 75 and 75 numbers, equal False, equal when sorted True; flatten is as the dataset True
 #            episode cut by reset() after 7 of 280 steps: truncated True
-# Why        A policy cloned from the dataset and played on concatenated live observations sees goals where its joints
+# Why        A policy cloned from the dataset and played on concatenated live observations sees joints where its goals
 #            were: it fails without an error. And a value function bootstraps at an end that was none of the task's.
 set -euo pipefail
 dir=$(mktemp -d)

@@ -5,9 +5,9 @@
 # Expected   A state that blew up is infinite, NaN or huge after the step, so that a check of qpos finds it; or
 #            mujoco.batch raises its SimulationError, or says so in `status`.
 # Happens    The C engine puts a diverged simulation back to its default state in the middle of the call: qpos0, time 0,
-#            and the controls set to 0. With the usual 4 or 5 substeps an action, what one reads afterwards is finite
-#            and small; a check of its size never fires. mujoco.batch does not raise and its `status` stays 0; only
-#            its `warning` counts it. Warp resets nothing.
+#            and the controls set to 0. With the usual 4 or 5 substeps an action, what one reads afterwards is small;
+#            until then it grows, but a check against the engine's own limit, 1e10, never fires. mujoco.batch does not
+#            raise and its `status` stays 0; only its `warning` counts it. Warp resets nothing.
 # Output     action  batch: qpos      time  ctrl  status  warnings   Warp: qpos
 #            1             13.26      0.10   0.1  0       0               13.26
 #            2          -1004.80      0.20   0.1  0       0               -1005

@@ -3,10 +3,11 @@
     python notebooks/cloning.py demos.npz --env Hopper-v4 --seed 1 --runs runs/clones      # and other flags of ncdpo.py
     python ncdpo.py --init-from runs/clones/Hopper-v4__ncdpo__1
 
-notebooks/demos.py writes demos.npz: a row for each environment step, episode by episode, under the keys of DEMO_KEYS.
-Observations are (steps, S), actions (steps, A) as the task takes them, or (steps,) of a Discrete task, the others
-(steps,). A key env may name the task. Of a team, each agent's episodes follow one another. PRESET has the defaults of
-flags, which stay in the clone's config.json and hold for the run that starts from it.
+notebooks/demos.py writes demos.npz, or np.savez does: a row for each environment step, episode by episode. The keys are
+observations (steps, S), actions (steps, A) as the task takes them, or (steps,) of a Discrete task, and rewards,
+terminations and truncations (steps,); one of the last two is 1 in an episode's last row. A key env may name the task.
+Of a team, each agent's episodes follow one another. PRESET has the defaults of flags, which stay in the clone's
+config.json and hold for the run that starts from it.
 """
 
 import argparse
@@ -35,8 +36,8 @@ PRESET = dict(  # whatever the task; the last line is ours, as the target "sampl
 
 
 def task_name(env_id):
-    """A task without its version and arguments: those that differ in these alone may use one another's data."""
-    return re.sub(r"(-v\d+)?(\?.*)?$", "", env_id)
+    """A task without module, version and arguments: those that differ in these alone may use one another's data."""
+    return re.sub(r"^[\w.]+:|(-v\d+)?(\?.*)?$", "", env_id)
 
 
 def load(source, env):
@@ -48,6 +49,8 @@ def load(source, env):
     """
     try:
         with np.load(source, allow_pickle=False) as file:
+            if lacks := set(DEMO_KEYS) - file.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(lacks))}, see --help")
             demos = {key: np.asarray(file[key], float) for key in DEMO_KEYS}
             task = str(file["env"]) if "env" in file else env.env_id  # tasks of one suite have the same shapes
     except Exception as error:  # a damaged file can raise anything
@@ -75,7 +78,8 @@ def load(source, env):
     episode = np.cumsum(end) - end  # the number of each row's episode
     start = np.flatnonzero(episode[H - 1:] == episode[:max(0, n + 1 - H)])
     if not len(start) or not episode[start[0]] < episode[start[-1]]:
-        raise UserError(f"{source} has fewer than two episodes of at least --action-chunk {H} steps; record more")
+        raise UserError(f"{source} has fewer than two episodes of at least --action-chunk {H} steps: record more, and "
+                        "mark each one's last row in terminations or truncations")
     returns = np.bincount(episode, demos["rewards"][:, 0])
     print(f"{source}: {len(returns)} episodes, {n:,} steps, mean return {returns.mean():.1f} "
           f"(what was cut off included){extreme}", flush=True)
@@ -144,6 +148,7 @@ def fit(policy, loss_of, obs, action, seen, unseen, steps, learning_rate):
     devices = [] if obs.device.type == "cpu" else [obs.device]
     what = "cloning" if loss_of is bc_loss else "likelihood"
     total, every = 0.0, max(1, steps // 20)
+    policy.train()  # the average stays as it was, in the mode in which the agent plays
     for step in range(1, steps + 1):
         pick = seen[torch.randint(len(seen), (256,), device=obs.device)]
         loss = loss_of(policy, obs[pick], action[pick])
@@ -159,7 +164,7 @@ def fit(policy, loss_of, obs, action, seen, unseen, steps, learning_rate):
                 unseen_loss = loss_of(average.module, obs[unseen], action[unseen])
             print(f"{step:>13,} {what} steps, loss {total / every:.4f}, held out {unseen_loss:.4f}", flush=True)
             total = 0.0
-    policy.load_state_dict(average.module.state_dict())
+    policy.eval().load_state_dict(average.module.state_dict())
 
 
 def make(source, config, steps=20_000, learning_rate=1e-3, likelihood_steps=None):

@@ -41,12 +41,13 @@ LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, qui
          "dppo-1e-3": "DPPO, rate 1e-3", "dppo-official": "DPPO, its authors' settings",
          "ncdpo-sample": 'NCDPO, "sample"', "dppo-sample": 'DPPO, "sample"', "dppo-matched": "DPPO, matched noise",
          "ncdpo-std0.05": "NCDPO, sigma 0.05", "ncdpo-cut": "NCDPO, cut",
-         "ncdpo-warm": "NCDPO, warm clone", "dppo-warm": "DPPO, warm clone",
+         "ncdpo-warm": "NCDPO, warm clone", "dppo-warm": "DPPO, warm clone", "dppo-5e-4": "DPPO, rate 5e-4",
          "ppo-e01": "MLP+PPO, bonus 0.01", "dppo-e01": "DPPO, bonus 0.01"}
 FIRST = {"ncdpo": ("#c1272d", "-"), "ppo": ("#0000a7", "--"), "dppo": ("#777777", ":")}
 FURTHER = {"ncdpo": ("#e28413", "-."), "ppo": ("#008176", "--"), "dppo": ("#008176", (0, (1, 1)))}
 STYLES = {line: dict(zip(("color", "linestyle"), FIRST.get(line, FURTHER[line.split("-")[0]]))) for line in LINES}
 STYLES["dppo-official"] = dict(color="#a3228c", linestyle=(0, (5, 1)))
+STYLES["dppo-1e-3"] = dict(color="#7a5230", linestyle=(0, (3, 1, 1, 1)))
 OWN_STARTS = "finetune-frozen", "finetune-better", "finetune-moving", "games-33", "manipulation"  # one for each seed
 WAYS = ["exploring", "mean action", "zero noise"]
 
