@@ -66,18 +66,19 @@ class Schedule(nn.Module):
     A chain that was cloned with `steps` (E18's K) may be run on fewer, evenly spaced `sampling_steps` (E18's S, here
     K): the k-th of them is step tau(k) of training. An int or a LongTensor (...) is an index into the tables: of
     training's steps `signal`, sqrt(abar), and `noise`, sqrt(1 - abar), of those that are run the others.
-    x, eps and output are (..., A). Raises ValueError for an argument that is out of range.
+    x, eps and output are (..., A). Raises ValueError for steps, an eta or a `predict` that cannot be.
     """
 
     def __init__(self, steps, predict="sample", eta=1.0, clip=1.0, sampling_steps=None):
         super().__init__()
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be from 0 to 1, and is {eta}")
-        if not 1 <= (sampling_steps or steps) <= steps:
-            raise ValueError(f"sampling_steps must be from 1 to steps = {steps}, and is {sampling_steps}")
+        K = steps if sampling_steps is None else sampling_steps
+        if not 1 <= K <= steps:
+            raise ValueError(f"steps are at least 1, sampling_steps from 1 to steps, not {steps} and {sampling_steps}")
         if predict not in ("sample", "epsilon", "v"):
             raise ValueError(f"predict must be sample, epsilon or v, and is {predict}")
-        self.steps, self.K, self.predict, self.clip = steps, sampling_steps or steps, predict, clip
+        self.steps, self.K, self.predict, self.clip = steps, K, predict, clip
         self.register_buffer("taus", torch.tensor([self.tau(k) for k in range(self.K + 1)]), persistent=False)
         f = torch.cos((torch.arange(steps + 1).double() / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         alpha = (f[1:] / f[:-1]).clamp(min=0.001)  # 1 - beta
@@ -433,7 +434,7 @@ class Trainer:
             row["chain_std"] = chain_std(self.agent.policy, batch["obs"][::max(1, len(batch["obs"]) // 128)])
         if not all(map(math.isfinite, [*row.values(), rollout["obs"].sum(), rollout["reward"][..., 0].sum()])):
             raise UserError(f"an observation, a reward or the loss is not finite in update {self.done + 1}; if it is "
-                            "the loss, start with a lower --learning-rate (from this run by --init-from)")
+                            "the loss, start anew with a lower --learning-rate")
         episodes = self.finished(rollout)
         if len(episodes):
             row |= zip(("return", "length", "success"), episodes.mean(0).tolist())
@@ -565,8 +566,10 @@ def make_envs(env_id, num_envs, chunk, device, vector):
     first numbers of an observation the policy sees (the critic sees all).
     """
     module, _, name = env_id.partition(":")
-    with told(f"cannot import {module} (is it beside ncdpo.py or on PYTHONPATH?)", ImportError):
-        make_vec = module and name and getattr(importlib.import_module(module), "make_vec", None)
+    if name and not module:
+        raise UserError(f"cannot make {env_id}: a task of your own is module:name")
+    with told(f"cannot make {env_id}", ImportError):
+        make_vec = name and getattr(importlib.import_module(module), "make_vec", None)
     with told(f"cannot make {env_id}", ValueError, ImportError):
         own = make_vec(name, num_envs, device) if make_vec else None
     one = own or make_env(env_id)
@@ -1212,7 +1215,7 @@ PRESETS = {  # by the name of the task without its version; the same for all alg
 
 def parse(arguments, preset=None):
     """Config, the run folders of --evaluate and --resume, and the fields given on the command line; the others are
-    those of the run folder that a flag names, or else of `preset`, or else the task's.
+    those of such a folder, or else of `preset`, or else Config.for_task's.
     """
     parser = argparse.ArgumentParser(
         description="NCDPO in one file. Defaults in brackets; some tasks have their own (PRESETS).",

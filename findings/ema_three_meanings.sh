@@ -6,9 +6,8 @@
 #            of the recursion average = 0.999 average + 0.001 weight, started at the first weight.
 # Happens    torch is the textbook, but its buffers are the live model's. diffusers warms its decay up as
 #            (1 + T) / (10 + T) although use_ema_warmup is False: it lags T / 10 until T is about 9,000. ema-pytorch
-#            copies the weights for 100 updates and then averages every 10th time alone, with a decay that ramps up as
-#            1 - (T - 99)^(-2/3) and is 0.999 only after 31,700 updates: then it lags by 10,000. It averages the buffers
-#            too.
+#            copies the weights for 100 updates and then averages every 10th time alone, with a decay that ramps up to
+#            0.999 as 1 - (T - 99)^(-2/3): in the end it lags by 10,000. It averages the buffers too.
 # Output     lag in updates after       100    1000    3000   10000
 #            textbook                  94.2   631.3   949.3   999.0
 #            torch                     94.2   631.3   949.3   998.8

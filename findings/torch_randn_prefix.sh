@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch.randn on a CPU: the first rows of a larger draw are not the smaller draw, and none of fewer than 16 numbers is.
+# torch.randn on a CPU: the first rows of a larger draw are not the smaller draw, and 8 numbers are no part of 64.
 #
 # Packages   torch 2.13.0, on a CPU.
 # Expected   With the same seed torch.randn(n) is the beginning of torch.randn(m), m > n, as torch.rand is and as

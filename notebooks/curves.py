@@ -47,7 +47,7 @@ FIRST = {"ncdpo": ("#c1272d", "-"), "ppo": ("#0000a7", "--"), "dppo": ("#777777"
 FURTHER = {"ncdpo": ("#e28413", "-."), "ppo": ("#008176", "--"), "dppo": ("#008176", (0, (1, 1)))}
 STYLES = {line: dict(zip(("color", "linestyle"), FIRST.get(line, FURTHER[line.split("-")[0]]))) for line in LINES}
 STYLES["dppo-official"] = dict(color="#a3228c", linestyle=(0, (5, 1)))
-STYLES["dppo-1e-3"] = dict(color="#7a5230", linestyle=(0, (3, 1, 1, 1)))
+STYLES["dppo-1e-3"] = STYLES["dppo-5e-4"] = dict(color="#7a5230", linestyle=(0, (3, 1, 1, 1)))
 OWN_STARTS = "finetune-frozen", "finetune-better", "finetune-moving", "games-33", "manipulation"  # one for each seed
 WAYS = ["exploring", "mean action", "zero noise"]
 
