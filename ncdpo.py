@@ -63,9 +63,9 @@ import torch.nn.functional as F
 class Schedule(nn.Module):
     """The cosine schedule (Nichol and Dhariwal, 2021) and the steps that use it (E1, E3, E4, E18).
 
-    A chain that was cloned with `steps` (E18's K) may be run on fewer, evenly spaced `sampling_steps` (E18's S, here
-    K): the k-th of them is step tau(k) of training. An int or a LongTensor (...) is an index into the tables: of
-    training's steps `signal`, sqrt(abar), and `noise`, sqrt(1 - abar), of those that are run the others.
+    A chain that was cloned on `steps` noise levels (E18's K) may run on fewer of them, `sampling_steps` (E18's S, here
+    K): its k-th step is at level tau(k), about k steps / K. Of the tables `signal`, sqrt(abar), and `noise`, sqrt(1 -
+    abar), are indexed by the level, the others by the chain's k; both are ints or LongTensors (...).
     x, eps and output are (..., A). Raises ValueError for steps, an eta or a `predict` that cannot be.
     """
 
@@ -86,7 +86,7 @@ class Schedule(nn.Module):
 
         before, now = abar[self.taus[:-1]], abar[self.taus[1:]]  # of the steps that are run
         sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
-        # E4 is linear in (x0hat, x_k): write eps_tilde out once and for all
+        # E4 with eps_tilde = (x_k - sqrt(abar_k) x0hat) / sqrt(1 - abar_k) written out: linear in (x0hat, x_k)
         to_noisy = ((1 - before - sigma**2) / (1 - now)).sqrt()
         to_clean = before.sqrt() - to_noisy * now.sqrt()
         of_run = F.pad(torch.stack([sigma, to_clean, to_noisy]), (1, 0))  # k = 0 is no step
@@ -95,11 +95,11 @@ class Schedule(nn.Module):
             self.register_buffer(name, table[:, None].to(torch.get_default_dtype()), persistent=False)
 
     def tau(self, k):
-        """Step of training that the k-th step of the chain is (E18)."""
+        """Noise level at which the k-th step of the chain is (E18)."""
         return round(k * self.steps / self.K) if isinstance(k, int) else self.taus[k]
 
     def diffuse(self, x0, k, eps):
-        """Forward process (E1): x_k from clean x0 and standard normal eps, at training's step k."""
+        """Forward process (E1): x_k from clean x0 and standard normal eps, at noise level k."""
         return self.signal[k] * x0 + self.noise[k] * eps
 
     def clean(self, output, x, k):
@@ -107,7 +107,7 @@ class Schedule(nn.Module):
         if self.predict != "sample":
             signal, noise = self.signal[self.tau(k)], self.noise[self.tau(k)]
             output = (x - noise * output) / signal if self.predict == "epsilon" else signal * x - noise * output
-        return output.clamp(-self.clip, self.clip)
+        return output.clamp(-self.clip, self.clip)  # keeps "epsilon" / signal finite; at k = 1 it is the action's mean
 
     def mu(self, x0hat, x, k):
         """Mean of x_{k-1} given x_k (E4): DDPM's posterior mean at eta = 1, DDIM's step at eta = 0."""
@@ -201,7 +201,7 @@ class Gaussian(nn.Module):
 
 
 class Categorical(nn.Module):
-    """Final softmax(logits / temperature) for Discrete actions (E8): logits (..., A), actions (...)."""
+    """Final softmax(logits / temperature), Discrete actions (E8); a chain's logits (..., A) end in [-clip, clip]."""
 
     def __init__(self, temperature):
         super().__init__()
@@ -225,7 +225,7 @@ class Categorical(nn.Module):
 class NCDPO(nn.Module):
     """Noise-conditioned diffusion policy: the denoising chain is the mean, its noise part of the state (E6-E9).
 
-    Observations are normalised, (B, S); actions (B, A) live in [-1, 1], or are indices (B,) with a Categorical head;
+    Observations are normalised, (B, S); actions (B, A), cut to [-1, 1] by the task, or indices (B,) of a Categorical;
     omega is (B, K, A). `denoiser` is any module net(x_k, k, s) with the shapes of Denoiser.forward, and must give the
     same twice: call eval() where it has dropout. `schedule` are more arguments of Schedule. What must be kept with an
     action to score it again is its `latent`, which is omega here.
@@ -252,7 +252,7 @@ class NCDPO(nn.Module):
     def chain(self, obs, omega):
         """Reverse chain x_K, ..., x_0, each (B, A) (E5), on given noise omega = (x_K, z_K, ..., z_2).
 
-        Nothing is detached: autograd through this loop is backpropagation through denoising (E13).
+        omega and the scored action are data, no x_k is detached: autograd gives d x_0 / d theta over all steps (E13).
         """
         xs = [omega[:, 0]]
         for k in range(self.K, 0, -1):
@@ -283,12 +283,12 @@ class NCDPO(nn.Module):
 
     @torch.no_grad()
     def sample(self, obs, deterministic=False):
-        """Draw actions: action, log-likelihood, latent; `deterministic` leaves out the head's noise alone."""
+        """Draw actions: action, log-likelihood, latent; `deterministic` leaves out the head's noise, not omega."""
         omega, noise = self.draw_noise(len(obs), device=obs.device)
         return self.act(obs, omega, torch.zeros_like(noise) if deterministic else noise)
 
     def bc_loss(self, obs, action):
-        """Behaviour cloning (E2): mean squared error of the network's prediction, each at a random step of training."""
+        """Behaviour cloning (E2): mean squared error of the network's prediction, each at a random noise level."""
         k = torch.randint(1, self.schedule.steps + 1, (len(obs),), device=obs.device)
         eps = torch.randn_like(action)
         target = {"sample": action, "epsilon": eps,
@@ -303,7 +303,7 @@ def advantages(reward, value, final_value, terminated, ended, gamma, gae_lambda)
 
     final_value is the value of where a step led, before any reset: a termination has no future, a truncation has one,
     and the trace is cut at both (ended = terminated or truncated; both are bools). gamma and gae_lambda are factors per
-    decision; gamma may be a tensor.
+    decision; gamma may be a tensor. V(s) will do without omega: given omega the score's mean is 0, and V cancels.
     """
     A = reward + gamma * ~terminated * final_value - value  # delta; the loop adds what follows
     keep = gamma * gae_lambda * ~ended
@@ -324,11 +324,11 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
     """PPO's loss on a minibatch and a dictionary of diagnostics.
 
     obs (B, S) normalised; action, log_prob (B,) and latent (NCDPO's omega) as policy.act gave them; advantage, which is
-    made standard within the minibatch if norm_adv, and target for the critic, (B,). The log ratio may be averaged over
-    an action's `coordinates`. A policy may bring an `objective` of its own for M ratios a decision, log_prob (B, M).
+    made standard within the minibatch if norm_adv, and target for the critic, (B,). With `coordinates` d the clip is
+    of r^(1/d). A policy may bring an `objective` of its own for M ratios a decision, log_prob (B, M).
     """
     new_log_prob, entropy = policy.evaluate_actions(obs, action, latent)
-    log_ratio = new_log_prob - log_prob  # one for each decision (E11)
+    log_ratio = new_log_prob - log_prob  # one for each decision; omega's density has no theta and cancels (E11)
     A = (advantage - advantage.mean()) / (advantage.std() + 1e-8) if norm_adv else advantage
 
     objective, clipped = getattr(policy, "objective", clipped_objective)(log_ratio / coordinates, A, clip_coef)
@@ -475,7 +475,7 @@ class Trainer:
         discount = config.gamma ** rollout["reward"].isfinite().sum(-1)
         sums, self.carry = discounted_sums(reward, rollout["ended"], self.carry, config.gamma ** H)
         agent.reward_norm.update(sums.reshape(-1, 1))
-        # in standard deviations of the discounted return
+        # in standard deviations of that sum over the past
         reward = (reward * torch.rsqrt(agent.reward_norm.var + 1e-8)).clamp(-10, 10).to(reward)
 
         obs, final_obs = agent.obs_norm(rollout["obs"]), agent.obs_norm(rollout["final_obs"])
@@ -491,7 +491,7 @@ class Trainer:
 
 
 def discounted_sums(reward, ended, carry, gamma):
-    """Running discounted sums within each episode of rewards (T, N, ...), from `carry` (N, ...) on; the carry after."""
+    """Discounted sums of past rewards (T, N, ...) within each episode, from `carry` (N, ...) on; the carry after."""
     sums = torch.empty_like(reward)
     for t in range(len(reward)):
         sums[t] = carry * gamma + reward[t]
@@ -555,7 +555,7 @@ def to_task(action, low, high=None, whole=False):
     if high is None:
         return action + low
     action = (high + low) / 2 + (high - low) / 2 * action
-    return (action.round() if whole else action).clamp(low, high)
+    return (action.round() if whole else action).clamp(low, high)  # in the task: PPO scores the action before it
 
 
 def make_envs(env_id, num_envs, chunk, device, vector):
@@ -836,7 +836,7 @@ class DPPO(NCDPO):
     def __init__(self, obs_dim, act_dim, min_std=0.1, gamma_denoising=0.99, head=None, **chain):
         super().__init__(obs_dim, act_dim, head=head or Gaussian(act_dim, min_std).requires_grad_(False), **chain)
         std = (self.noise_scale * self.schedule.sigma).clamp(min=min_std)
-        self.register_buffer("log_std", torch.log(std), persistent=False)  # of step k, (K + 1, 1)
+        self.register_buffer("log_std", torch.log(std), persistent=False)  # of step k, noise_scale in it, (K + 1, 1)
         self.register_buffer("ks", torch.arange(self.K, 0, -1), persistent=False)  # K, ..., 1
         self.gamma_denoising = gamma_denoising
 
@@ -858,14 +858,14 @@ class DPPO(NCDPO):
         return torch.cat([steps, last[:, None]], 1), self.head.entropy(mu[:, -1])
 
     def objective(self, log_ratio, A, clip):
-        """E12 for each of the K decisions: log_ratio (B, K), A (B,) discounted by the steps to go (E15)."""
+        """E12 for each step: log_ratio (B, K), A (B,) discounted, as reward comes k - 1 steps after step k (E15)."""
         return clipped_objective(log_ratio, A[:, None] * self.gamma_denoising ** (self.ks - 1), clip)
 
 
 def make_policy(c, obs_dim, act_dim, discrete):
     """The policy that a Config asks for."""
     if discrete:
-        head = Categorical(1.0 if c.algo == "ppo" else c.temperature)
+        head = Categorical(1.0 if c.algo == "ppo" else c.temperature)  # an MLP's logits have no bounds
     else:
         head = None if c.algo == "dppo" else Gaussian(act_dim, c.init_std)  # DPPO makes its own
     if c.algo == "ppo":
@@ -1130,7 +1130,7 @@ class Config:
 
     # the run
     env: str = "HalfCheetah-v4"  # Gymnasium id, or module:name of a task of your own
-    algo: Literal["ncdpo", "ppo", "dppo"] = "ncdpo"  # what the policy is; nothing else differs
+    algo: Literal["ncdpo", "ppo", "dppo"] = "ncdpo"  # the policy; dppo fixes sigma, ppo the temperature at 1
     seed: int = 1  # seed of the weights, the noise and the environments
     total_timesteps: int = 1_000_000  # environment steps of all environments (or agents of a game)
     episodes: int = 10  # episodes of an evaluation
@@ -1155,7 +1155,7 @@ class Config:
     activation: Literal["silu", "tanh", "relu"] = "silu"  # nonlinearity of actor and critic
     init_std: float = 0.22  # initial sigma (E7) of ncdpo and ppo; --init-from keeps its learnt one if this is the same
     action_chunk: int = 1  # actions H that are played in a row: one decision of PPO
-    mean_log_prob: bool = False  # average a Box action's log-likelihoods over its coordinates, not sum
+    mean_log_prob: bool = False  # clip r^(1/d), d coordinates of a Box action, instead of r
 
     # the denoising chain of ncdpo and dppo
     denoising_steps: int = 5  # K, from 1 to 100
