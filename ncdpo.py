@@ -1102,9 +1102,9 @@ def evaluate(run, *, max_steps=100_000, **changed):
 
 def describe(result):
     """An evaluation as text."""
-    lines = []
+    lines, number = [], lambda x: f"{x:.1f}" if abs(x) >= 100 else f"{x:.3g}"
     for way, values in result.items():
-        cells = [f"{what} {x.mean():.1f} +- {x.std():.1f} (min {x.min():.1f}, max {x.max():.1f})"
+        cells = [f"{what} {number(x.mean())} +- {number(x.std())} (min {number(x.min())}, max {number(x.max())})"
                  for what, x in values.items() if what != "success"]
         if np.isfinite(values["success"]).all():  # NaN: the task tells none
             cells.append(f"success {values['success'].mean():.1%}")

@@ -1871,10 +1871,12 @@ def test_an_episode_that_was_cut_off_tells_no_success(own, tmp_path):
 
 def test_an_evaluation_is_described_by_mean_spread_and_range():
     values = {"return": np.array([1.0, 3]), "length": np.array([5.0, 7]), "success": np.array([1.0, 0])}
-    returns, lengths = "return 2.0 +- 1.0 (min 1.0, max 3.0)", "length 6.0 +- 1.0 (min 5.0, max 7.0)"
+    returns, lengths = "return 2 +- 1 (min 1, max 3)", "length 6 +- 1 (min 5, max 7)"
     assert ncdpo.describe({"exploring": values}) == f"    exploring: {returns}, {lengths}, success 50.0%"
     values["success"] = np.array([1.0, np.nan])  # one was cut off
     assert ncdpo.describe({"exploring": values}) == f"    exploring: {returns}, {lengths}"
+    values["return"] = np.array([1234.56, 1234.56, 0.123456])  # small returns keep three digits
+    assert "return 823.1 +- 581.9 (min 0.123, max 1234.6)" in ncdpo.describe({"exploring": values})
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -3386,7 +3388,19 @@ def test_minaris_episodes_end_also_where_no_flag_says_so(demos, tiny_minari, tmp
 def test_a_missing_package_of_a_source_is_named(demos, tmp_path, monkeypatch, capsys, package, source):
     monkeypatch.setitem(sys.modules, package, None)
     error = scripts_complaint(capsys, demos, "convert", source, tmp_path / "d.npz")
-    assert f"needs the package {package}: pip install {package}." in error
+    install = "'minari[all]'" if package == "minari" else package
+    assert f"needs the package {package}: pip install {install}." in error
+
+
+def test_parts_of_dict_observations_are_flattened_or_refused(demos):
+    space = gym.spaces.Dict({"a": gym.spaces.Discrete(3, start=2), "b": gym.spaces.Box(-1, 1, (2,))})
+    space.seed(0)
+    seen = [space.sample() for _ in range(5)]
+    columns = {key: np.stack([one[key] for one in seen]) for key in space}
+    expected = [gym.spaces.flatten(space, one) for one in seen]
+    np.testing.assert_allclose(demos.flat_columns(space, columns), expected)
+    space["c"] = gym.spaces.Text(9)
+    assert demos.flat_columns(space, columns | {"c": ["go", "on"]}) is None  # which read_minari refuses
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -3447,6 +3461,10 @@ def test_deploy_a_loaded_policy_acts_on_raw_observations_as_an_evaluation_does(t
         assert torch.equal(*played[:2]) and played[0].shape == played[2].shape and len(played[0]) == 5
         if way == "zero noise":
             torch.testing.assert_close(played[0], played[2])
+    one = policy(obs[0])  # an observation of any shape and dtype, as the file trains with
+    torch.testing.assert_close(policy(obs[0].view(-1, 1)), one)
+    torch.testing.assert_close(policy(obs[0].view(2, -1)), one)
+    torch.testing.assert_close(policy(obs[0] > 0), policy((obs[0] > 0).float()))
     with pytest.raises(UserError, match="way must be one of exploring, mean action, zero noise"):
         deploy.load_policy(run, "zero_noise")
 
@@ -3583,6 +3601,8 @@ def test_film_refuses_what_it_cannot_do(film, clone, tmp_path, capsys, monkeypat
         assert "pip install imageio-ffmpeg" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.mp4")
     with monkeypatch.context() as patch:
         patch.setattr(Tiny, "render", lambda self: None)
+        assert "rgb_array" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.gif")
+        patch.setattr(Tiny, "render", gym.Env.render)
         assert "rgb_array" in scripts_complaint(capsys, film, clone[0], tmp_path / "film.gif")
     with monkeypatch.context() as patch:
         patch.setattr(Tiny, "__init__", lambda self, action_space, plain=Tiny.__init__: plain(self, action_space))
@@ -3739,7 +3759,7 @@ def test_scored_steps_train_and_evaluates_with_the_steps_that_its_flags_name(e16
     assert e16.main([*flags, "--algo", "dppo"]) == 0 and scored[-1] == (2, True)
     for steps in ("0", "6"):
         assert e16.main([*flags, "--scored-steps", steps]) == 2
-        error = "ncdpo: --scored-steps must be from 1 to 5, the number of steps that are run.\n"
+        error = "e16: --scored-steps must be from 1 to 5, the number of steps that are run.\n"
         assert capsys.readouterr().err == error
     for way in ("--evaluate", "--resume"):
         assert e16.main([way, str(run)]) == 2
@@ -3864,6 +3884,7 @@ def test_runs_of_another_program_are_resumed_but_not_repeated_and_become_files(t
     for changed, words in ((line.replace("--seeds 1 2", "--seeds 2 3"), r"would be lost \(1\)"),
                            (line.replace("run-{seed}", "x"), r"made with other.py a:b\?c=1 --rate run-{seed}, not"),
                            (line.replace("c=1", "c=2"), r"run-{seed}, not made with other.py a:b\?c=2 --rate"),
+                           (line + " --name x/mine", "must end in TASK__LINE, as a_b__dppo"),
                            ("curves.py --foldr x", "2"), ("curves.py show nowhere", "nowhere is no run folder"),
                            ("curves.py --ratios ncdpo", "--ratios wants LINE/LINE"),
                            ("curves.py --pool --ratios a/b a/c", "--pool wants --ratios without a line in common")):
@@ -3871,16 +3892,25 @@ def test_runs_of_another_program_are_resumed_but_not_repeated_and_become_files(t
         with pytest.raises(SystemExit, match=words):
             curves.main()
     assert contents(tmp_path) == kept
+    # a run that went on by hand is evaluated again; one whose folder is gone is run again, whatever its log says
+    os.utime(runs / "a_b__dppo__2" / "metrics.csv", (2e9, 2e9))
+    shutil.rmtree(runs / "a_b__dppo__1")
+    (runs / "a_b__dppo__1.log").write_text("made with other flags\n  mean action: return 3 +- 0 (min 3, max 3)\n")
+    (runs / "a_b__dppo__2.log").write_text((runs / "a_b__dppo__2.log").read_text().replace("7.5", "2.5"))
+    os.utime(runs / "a_b__dppo__2.log", (1e9, 1e9))
+    monkeypatch.setattr(sys, "argv", line.split())
+    curves.main()
+    assert curves.load(folder)["a_b"]["dppo"]["mean action"].tolist() == [7.5, 7.5]
 
 
 def test_what_a_run_prints_at_its_end_is_read_back(curves):
     numbers = {"return": np.array([1.0, 2.5]), "length": np.array([5.0, 7]), "success": np.array([1.0, 0])}
     ways = {"exploring": numbers, "mean action": {**numbers, "return": np.array([-3.0, -4])}}
     log = "    1,024 steps (50%), return 99.0, 7 steps/s\n" + ncdpo.describe(ways)
-    assert curves.evaluation(log) == {"exploring": 1.8, "exploring success": 0.5,
+    assert curves.evaluation(log) == {"exploring": 1.75, "exploring success": 0.5,
                                       "mean action": -3.5, "mean action success": 0.5}
     numbers["success"] = np.full(2, np.nan)
-    assert curves.evaluation(ncdpo.describe({"zero noise": numbers})) == {"zero noise": 1.8}
+    assert curves.evaluation(ncdpo.describe({"zero noise": numbers})) == {"zero noise": 1.75}
     assert curves.evaluation("    1,024 steps (50%), return 99.0, success 12%\n") == {}
 
 
@@ -3902,6 +3932,24 @@ def test_runs_of_folders_whose_seeds_have_starts_of_their_own_are_compared_in_pa
     write_line(tmp_path / "curves" / "other", "Task-v0__mine", [100, 10, 1], seeds=(3, 2, 1))
     line = f"curves.py --folder {curves.OWN_STARTS[0]} --against other --ratios mine/mine"
     assert "2.00 [2.00, 2.00]" in printed(curves, monkeypatch, capsys, line)
+
+
+def test_tables_tell_of_what_they_cannot_compare(curves, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curves, "HERE", tmp_path)
+    (tmp_path / "curves").mkdir()
+    rows = [f"{seed},{step},60,{step < 8e5:d},{seed if step < 8e5 else ''},5"
+            for seed in (1, 2, 3) for step in (4e5, 8e5)]
+    (tmp_path / "curves" / "Task-v0__ncdpo.csv").write_text(
+        "\n".join(["seed,step,seconds,episodes,return,length", *rows]))
+    write_line(tmp_path / "curves", "Task-v0__ppo", [1, 2, 3])
+    monkeypatch.setattr(curves, "figure", lambda *args, **kwargs: types.SimpleNamespace(savefig=lambda *a, **k: None))
+    monkeypatch.setattr(sys, "argv", "curves.py --folder .".split())
+    curves.main()
+    error = capsys.readouterr().err
+    assert "no episode ended in the last tenth of a seed of NCDPO, Task-v0" in error and "MLP" not in error
+    assert "lines of Task-v0 end after different numbers of steps, some [0, 800000]" in error
+    nothing = {"step": np.ones((1, 2)), "return": np.full((1, 2), np.nan)}
+    assert np.isnan(curves.returns(nothing)).all()
 
 
 def write_line(folder, name, values, seeds=(1, 2, 3)):
@@ -4304,7 +4352,8 @@ def test_actions_observations_and_rewards_of_agents_land_on_their_rows(games):
     assert obs.view(12, 3, 6)[:, :, 1].tolist() == 4 * [[0, 1, 2], [1, 2, 0], [2, 0, 1]]  # own first, then in turn
     for world in obs.view(4, 3, 3, 6):  # the same numbers for all its agents
         assert all(torch.equal(seen[seen[:, 1].argsort()], world[0]) for seen in world)
-    own = games.make_vec("coded?continuous=1&critic=own", 4, CPU)
+    assert isinstance(games.make_vec("coded?continuous=no", 4, CPU).action_space, gym.spaces.Discrete)
+    own = games.make_vec("coded?continuous=yes&critic=own", 4, CPU)
     assert own.reset([0]).shape == (12, 6) and own.policy_dim == game.policy_dim == 6
 
 
@@ -4436,7 +4485,8 @@ def test_a_team_is_trained_recorded_and_cloned(games, demos, tmp_path, capsys, a
     ("football?multidiscrete_actions=1", "MultiDiscrete"), ("football?critic=both", "joint or own"),
     ("football?max_steps=0", "max_steps"), ("football?n_blue_agents", "n_blue_agents"),
     ("football?n_blue_agents=0", "change these"), ("football?ai_blue_agents=1", "no agent is left"),
-    ("simple_tag", "differ in their spaces"), ("balance?continuous=1 --action-chunk 2", "--action-chunk 1"),
+    ("road_traffic", "share their past"), ("simple_tag", "differ in their spaces"),
+    ("balance?continuous=1 --action-chunk 2", "--action-chunk 1"),
     ("missing", "pip install vmas")])
 def test_games_refuses_what_it_cannot_play(games, tmp_path, capsys, monkeypatch, name, words):
     if name == "missing":
@@ -4683,6 +4733,19 @@ def test_E10_a_baseline_that_sees_the_chain_knows_nothing_of_the_final_gaussian(
     assert not seen.requires_grad and not batch["advantage"].requires_grad
 
 
+def test_a_baseline_that_sees_the_chain_judges_once_it_has_learnt_and_learns_nothing_in_the_mechanism():
+    trainer = modes.SeesChain(small_goals())
+    trainer.done = 3  # as after --resume: the head is in no checkpoint
+    batch, _ = trainer.make_batch(trainer.play())
+    by_critic = batch["target"] - trainer.agent.critic(batch["obs"]).squeeze(1)  # V(s) alone
+    torch.testing.assert_close(batch["advantage"], by_critic.detach())
+    before = parameters_to_vector(trainer.baseline.parameters()).detach().clone()
+    modes.starts(trainer, 40)
+    assert torch.equal(parameters_to_vector(trainer.baseline.parameters()), before)
+    trainer.make_batch(trainer.play())
+    assert not torch.equal(parameters_to_vector(trainer.baseline.parameters()), before)
+
+
 def test_inner_is_the_mean_over_pairs_of_different_rows(float64):
     x, y = torch.randn(5, 3), torch.randn(5, 3)
     pairs = [x[i] @ y[j] for i in range(5) for j in range(5) if i != j]
@@ -4742,6 +4805,7 @@ def test_runs_over_goals_become_a_table_and_a_figure(tmp_path, monkeypatch, caps
             "y --sweep clip_coef": "--evaluations and --jobs are at least 1, and --sweep wants a field and its values",
             "y --evaluations 0": "--evaluations and --jobs", "y --jobs 0": "--evaluations and --jobs",
             "y -- --runs z": "runs: modes.py chooses these itself",
+            "y --sweep seed 5 6": "seed: modes.py chooses these itself",
             "y -- --sampling-steps 30": "--sampling-steps must not be more"}.items():
         assert modes.main(["run", *line.split()]) == 2
         assert capsys.readouterr().err.startswith(f"modes: {complaint}")

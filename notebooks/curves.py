@@ -1,7 +1,7 @@
 """Training curves of the comparison: make them, and turn them into the tables and figures of README and RESULTS.
 
     python notebooks/curves.py train Hopper-v4 ncdpo --name mine/Hopper-v4__ncdpo   # 5 seeds -> curves/mine/...csv
-    python notebooks/curves.py train HalfCheetah-v4 dppo --program e16.py --scored-steps 2 --name e16/HalfCheetah-v4__m2
+    python notebooks/curves.py train Hopper-v4 dppo --program e16.py --scored-steps 2 --name mine/Hopper-v4__dppo-m2
     python notebooks/curves.py                              # all curves/*.csv -> tables (printed) and curves.png
     python notebooks/curves.py --folder finetune            # the same of curves/finetune/*.csv; of two: all their seeds
     python notebooks/curves.py --folder e16 --ratios dppo-s20-m1/dppo-s20-m20   # these lines and their ratios alone
@@ -90,6 +90,8 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
     """
     task_name = re.sub("[/:]", "_", env.split("?")[0])  # as ncdpo.py names its runs
     name = name or f"{task_name}__{algo}"
+    if "__" not in Path(name).name:
+        raise SystemExit(f"curves: --name {name} must end in TASK__LINE, as {task_name}__{algo}")
     runs, script = HERE.parent / "runs" / name, HERE / program if program else HERE.parent / "ncdpo.py"
     path = HERE / "curves" / f"{name}.csv"
     said = " ".join(["made with", script.name, *[env] * ("?" in env), *flags])  # a run's name has no arguments
@@ -105,9 +107,11 @@ def train(env, algo, seeds, jobs, flags, name, program=None):
 
     def one(seed):
         run, log = runs / f"{task_name}__{algo}__{seed}", runs / f"{task_name}__{algo}__{seed}.log"
-        if log.exists() and (first := log.read_text().split("\n", 1)[0]).startswith("made with") and first != said:
+        written = log.read_text() if run.exists() and log.exists() else ""
+        if (first := written.split("\n", 1)[0]).startswith("made with") and first != said:
             raise SystemExit(f"curves: {run} was {first}, not {said}: give another --name, or remove it")
-        if not (log.exists() and "mean action" in evaluation(log.read_text())):  # what only a finished run prints
+        # only a finished run prints an evaluation, which is an old one if the run has gone on since
+        if "mean action" not in evaluation(written) or (run / "metrics.csv").stat().st_mtime > log.stat().st_mtime:
             task = ["--env", env, "--algo", algo, "--seed", str(seed), "--runs", str(runs)]
             if run.exists():
                 if not (run / "checkpoint.pt").exists():
@@ -158,7 +162,7 @@ def read(path):
 
 def returns(curve):
     """Return at every row (seeds, rows), interpolated over the rows in which no episode ended."""
-    return np.array([np.interp(step, step[there := ~np.isnan(r)], r[there])
+    return np.array([np.interp(step, step[there], r[there]) if (there := ~np.isnan(r)).any() else r
                      for step, r in zip(curve["step"], curve["return"])])
 
 
@@ -166,7 +170,8 @@ def final(curve, name="return"):
     """Mean return (or success) of the episodes of the last tenth of training, per seed."""
     last = slice(-curve["step"].shape[1] // 10, None)
     episodes = curve["episodes"][:, last]
-    return np.where(episodes > 0, curve[name][:, last] * episodes, 0).sum(1) / episodes.sum(1)
+    with np.errstate(invalid="ignore"):  # NaN where none ended
+        return np.where(episodes > 0, curve[name][:, last] * episodes, 0).sum(1) / episodes.sum(1)
 
 
 def area(curve):
@@ -331,6 +336,12 @@ def compare(folders, against, chosen, pool):
     if not any(cases.values()):
         raise SystemExit("curves: there are no such lines in such folders inside curves/, or only one of a task, or "
                          "two without a common seed")
+    for env, by_line in curves.items():
+        for line, curve in by_line.items():
+            if np.isnan(final(curve)).any():
+                print(f"curves: no episode ended in the last tenth of a seed of {label(line)}, {env}", file=sys.stderr)
+        if len(last := {int(round(curve["step"].max(), -5)) for curve in by_line.values()}) > 1:
+            print(f"curves: lines of {env} end after different numbers of steps, some {sorted(last)}", file=sys.stderr)
     print(table(curves), ratio_table(cases, paired), sep="\n\n")
     if not (against or chosen or folders[1:]) and lines.keys() & LINES.keys():
         tuned = folders[0] in ("games-ft", "games-warm", "games-33") or folders[0].startswith(

@@ -118,10 +118,14 @@ def read_minari(name):
 
 
 def flat_columns(space, x):
-    """Observations (steps, S) of a Dict space, in the order of Gymnasium's FlattenObservation; others as they are."""
+    """Observations (steps, S) of a Dict or Discrete space, as Gymnasium's FlattenObservation; others as they are."""
+    if isinstance(space, gym.spaces.Discrete):
+        return np.eye(space.n)[x - space.start]
     if not isinstance(space, gym.spaces.Dict):
         return x
     parts = [flat_columns(part, x[key]) for key, part in space.spaces.items()]
+    if not all(isinstance(part, np.ndarray) for part in parts):
+        return None
     return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
 
 
@@ -162,7 +166,8 @@ def collect(line):
             try:
                 demos = read_minari(name) if minari else read_d4rl(name)
             except ImportError as error:
-                raise UserError(f"{source} needs the package {error.name}: pip install {error.name}") from error
+                package = "'minari[all]'" if minari else error.name
+                raise UserError(f"{source} needs the package {error.name}: pip install {package}") from error
         parts.append(flatten(source, demos))
     of_task = {"env": task for task in tasks}  # what is converted does not say of which it is
     np.savez_compressed(buffer := io.BytesIO(), **join(parts), **of_task)

@@ -21,14 +21,20 @@ WAYS = "exploring", "mean action", "zero noise"
 
 
 class LoadedPolicy(nn.Module):
-    """Raw observations (S,) or (B, S) to actions of the task: NumPy to NumPy, torch to torch. load_policy makes it."""
+    """Raw observations (S,) or (B, S) to actions of the task: NumPy to NumPy, torch to torch. load_policy makes it.
+
+    S counts all numbers of an observation, whatever its shape. Of a game with critic=joint it is all agents': an
+    agent's own first, as games.py tells.
+    """
 
     def __init__(self, agent, bounds, chunk, way):
         super().__init__()
         self.agent, self.bounds, self.chunk, self.way = agent.requires_grad_(False), bounds, chunk, way
 
     def forward(self, obs):
-        rows, policy = torch.atleast_2d(torch.as_tensor(obs)), self.agent.policy
+        rows, policy, S = torch.as_tensor(obs).double(), self.agent.policy, len(self.agent.obs_norm.mean)
+        batched = obs.ndim > 1 and obs.shape[1:] == (S,)
+        rows = rows if batched else rows.reshape(1, S)
         B, K, A = rows.shape[0], policy.K, policy.act_dim  # shape, as len would fix torch.export's B
         omega, noise = torch.zeros(B, K, A), torch.zeros(B, A)
         if self.way != "zero noise":
@@ -37,7 +43,7 @@ class LoadedPolicy(nn.Module):
         action = ncdpo.to_task(self.agent.act(rows, omega, noise)[0], **self.bounds)
         if self.chunk > 1:
             action = action.unflatten(-1, (self.chunk, -1))
-        action = action if len(obs.shape) > 1 else action[0]
+        action = action if batched else action[0]
         return action.numpy() if isinstance(obs, np.ndarray) else action
 
 

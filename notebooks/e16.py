@@ -30,9 +30,7 @@ class ScoredSteps(ncdpo.DPPO):
 
     def __init__(self, *dims, scored_steps, chain_gradient=True, **chain):
         super().__init__(*dims, **chain)
-        if not 1 <= scored_steps <= self.K:
-            raise ncdpo.UserError(f"--scored-steps must be from 1 to {self.K}, the number of steps that are run")
-        self.M, self.chain_gradient = scored_steps, chain_gradient
+        self.M, self.chain_gradient = min(scored_steps, self.K), chain_gradient  # --init-from may name a shorter chain
         self.ks = self.ks[-self.M:]
 
     def begin(self, obs, omega):
@@ -76,9 +74,12 @@ class CutChain(ncdpo.NCDPO):
         return self.mu(x, 1, obs)
 
 
-def check(algo, flags):
-    """Raises UserError where a run that the flags go on with was trained by the other algorithm."""
-    _, evaluated, resumed, _ = ncdpo.parse(flags)
+def check(algo, m, flags):
+    """Raises UserError for more than all steps, or a run to go on with that was trained by the other algorithm."""
+    config, evaluated, resumed, _ = ncdpo.parse(flags)
+    steps = config.sampling_steps or config.denoising_steps
+    if m is not None and not 1 <= m <= steps:
+        raise ncdpo.UserError(f"--scored-steps must be from 1 to {steps}, the number of steps that are run")
     run = resumed if evaluated is None else evaluated
     if run is not None and (found := ncdpo.load_config(run).algo) != algo:
         way = {"dppo": "give --scored-steps as it was trained", "ncdpo": "leave out --scored-steps"}
@@ -97,7 +98,7 @@ def main(arguments=None):
     if line.algo not in (None, algo):
         parser.error(f"this is a run of --algo {algo}: leave out --algo")
     try:
-        check(algo, flags)
+        check(algo, line.scored_steps, flags)
     except ncdpo.UserError as error:
         print(f"e16: {str(error).rstrip('.')}.", file=sys.stderr)
         return 2

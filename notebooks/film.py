@@ -123,7 +123,10 @@ class Film:
         if self.played % self.every == 0:
             if self.envs:
                 self.screen.unwrapped.set_state(self.envs.qpos[self.row].numpy(), self.envs.qvel[self.row].numpy())
-            self.frames.append(self.screen.render())
+            try:
+                self.frames.append(self.screen.render())
+            except NotImplementedError:  # its class has no render
+                self.frames.append(None)
             if self.frames[-1] is None:
                 raise UserError(f"{self.env_id} cannot be drawn: it knows no render_mode rgb_array")
 

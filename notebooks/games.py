@@ -3,7 +3,8 @@
     python ncdpo.py --env "notebooks.games:football?n_blue_agents=3&n_red_agents=1" --num-envs 64
     python ncdpo.py --env "notebooks.games:balance?n_agents=3&continuous=1&critic=own"
 
-Any scenario whose agents share their spaces will do. Behind the question mark are the scenario's own arguments and
+Any scenario whose agents share their spaces will do, but for road_traffic. Behind the question mark stand its
+arguments and
     max_steps     steps after which an episode is truncated [200, football 500]
     continuous    1 for Box actions instead of Discrete ones [0]
     critic        joint (MAPPO) or own (IPPO): whose observations the critic sees [joint]
@@ -31,9 +32,11 @@ import numpy as np
 import torch
 
 DEFAULTS = {"football": dict(max_steps=500, ai_red_agents=True)}  # from end to end of its pitch an agent needs 200
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 # Where an episode may end well: whether it did for an agent of a world that terminated, by the agent's `info`
 WON = {"football": lambda info: info["sparse_reward"] > 0, "balance": lambda info: info["ground_rew"] == 0,
-       **dict.fromkeys(("navigation", "transport", "reverse_transport"), lambda info: True)}
+       **dict.fromkeys(("navigation", "transport", "reverse_transport", "passage", "joint_passage", "dispersion",
+                         "discovery"), lambda info: True)}
 
 
 def make_vec(name, num_envs, device):
@@ -42,7 +45,7 @@ def make_vec(name, num_envs, device):
     given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     for key, value in given.items():
         with contextlib.suppress(ValueError, SyntaxError):  # words stay words
-            given[key] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+            given[key] = WORDS[value] if value in WORDS else ast.literal_eval(value)
     return Games(scenario, num_envs, device, **{**DEFAULTS.get(scenario, {}), **given})
 
 
@@ -127,13 +130,15 @@ class Games:
     """A VMAS scenario (its name or an object) in W worlds of G agents, N = W * G rows, as ncdpo.VectorEnv wants it.
 
     reset(seeds) -> obs (N, S);  step(action) -> obs, reward (N, 1), terminated, truncated, final_obs;  all on `device`.
-    `success` (N,) is 1 in the rows whose episode the last step ended well, else 0; NaN if the scenario has no such end.
+    `success` (N,) is 1 in the rows whose episode the last step ended well, else 0; NaN of a scenario that WON lacks.
     """
 
     kind = "vmas"
 
     def __init__(self, scenario, num_worlds, device, critic="joint", continuous=False, max_steps=200, nearest=None,
                  **arguments):
+        if scenario == "road_traffic":
+            raise ValueError("its worlds share their past: one that begins anew would change that of the others")
         scenario = load(scenario) if isinstance(scenario, str) else scenario
         check_arguments(scenario, arguments)
         if nearest is not None:

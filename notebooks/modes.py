@@ -165,13 +165,14 @@ class SeesChain(ncdpo.Trainer):
         inputs = self.env.obs_dim + self.env.act_dim
         self.baseline = ncdpo.mlp(inputs, config.hidden, 1, config.activation, last_gain=1.0).to(self.device)
         self.fit = torch.optim.Adam(self.baseline.parameters(), config.critic_learning_rate or config.learning_rate)
+        self.fitted = False  # nor is it in a checkpoint
 
     @torch.no_grad()
     def make_batch(self, rollout):
         batch, explained_variance = super().make_batch(rollout)
         seen = torch.cat([batch["obs"], self.agent.policy.mean(batch["obs"], batch["latent"])], 1)
         target = batch["target"]
-        if self.done:  # before, the head knows nothing
+        if self.fitted:  # before, the head knows nothing
             batch["advantage"] = target - self.baseline(seen).squeeze(1)
             explained_variance = 1 - (batch["advantage"].var() / target.var().clamp(min=1e-8)).item()
         with torch.enable_grad():
@@ -181,6 +182,7 @@ class SeesChain(ncdpo.Trainer):
                     self.fit.zero_grad()
                     loss.backward()
                     self.fit.step()
+        self.fitted = True
         return batch, explained_variance
 
 
@@ -295,7 +297,7 @@ def run(options, flags):
     if options.evaluations < 1 or options.jobs < 1 or options.sweep and len(options.sweep) < 2:
         raise ncdpo.UserError("--evaluations and --jobs are at least 1, and --sweep wants a field and its values")
     changed = ncdpo.parse([flag for flag in flags if flag != "--"], SETTINGS)[3]
-    if own := changed.keys() & {"env", "algo", "seed", "runs", "init_from"}:
+    if own := {*changed, *(options.sweep or [])[:1]} & {"env", "algo", "seed", "runs", "init_from"}:
         raise ncdpo.UserError(f"{', '.join(sorted(own))}: modes.py chooses these itself, by NAME, --lines, --seeds")
     before = [run for line in options.lines for seed in options.seeds
               for run in (RUNS / options.name / line).glob(f"*__{seed}")]
@@ -386,11 +388,13 @@ def ends(policy, obs):
 
 def starts(trainer, decisions):
     """A batch of first decisions of episodes, under the policy as it is."""
-    parts = []
+    parts, epochs = [], trainer.config.update_epochs
+    trainer.config.update_epochs = 0  # a critic that sees the chain learns nothing here, as the other one
     while sum(len(part["obs"]) for part in parts) < decisions:
         rollout = trainer.play()
         first = (rollout["obs"][..., -1] == 0).flatten()
         parts.append({name: x[first] for name, x in trainer.make_batch(rollout)[0].items()})
+    trainer.config.update_epochs = epochs
     return {name: torch.cat([part[name] for part in parts])[:decisions] for name in parts[0]}
 
 

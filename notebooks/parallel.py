@@ -1,4 +1,5 @@
-"""Train in several processes of torchrun: on all GPUs of a machine (or of several), or on the cores of a CPU.
+"""Train in several processes of torchrun: on all GPUs of a machine, or of several that share the folders of runs and
+clones; or on the cores of a CPU.
 
     torchrun --standalone --nproc-per-node 2 notebooks/parallel.py --env HalfCheetah-v4     # flags as of ncdpo.py
 
@@ -123,8 +124,10 @@ def main(arguments):
                 stack.enter_context(stream(stack.enter_context(open(os.devnull, "w"))))
             try:
                 _, evaluated, resumed, _ = ncdpo.parse(arguments)
-            except ncdpo.UserError:
-                return 2  # the first process says it
+            except ncdpo.UserError as error:  # the first process says it, but of its own machine
+                if not LOCAL_RANK:
+                    print(f"ncdpo: {error}.", file=sys.__stderr__)
+                return 2
             if evaluated:
                 return 0
             copy = shutil.copytree(resumed, Path(folder, "run")) if resumed else folder

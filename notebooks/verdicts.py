@@ -143,7 +143,7 @@ def coverage(pairs, shapes, seeds, paired=False, samples=2000):
 
 def coverage_table(ends):
     """Coverage by the number of seeds as Markdown, for means and spreads of lines {"folder/task__line": (seeds,)}."""
-    shapes = np.concatenate([(x - x.mean()) / x.std() for x in ends.values() if len(x) >= 5])
+    shapes = np.concatenate([(x - x.mean()) / x.std() for x in ends.values() if len(x) >= 5 and x.std() > 0])
     tasks = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"]
     cases = {f"{task}, from scratch": [[ends[f"curves/{task}__{line}"] for line in ("ncdpo", "ppo")]] for task in tasks}
     cases["the three pooled"] = [pair for pairs in cases.values() for pair in pairs]
