@@ -1871,7 +1871,7 @@ def test_an_episode_that_was_cut_off_tells_no_success(own, tmp_path):
 
 def test_an_evaluation_is_described_by_mean_spread_and_range():
     values = {"return": np.array([1.0, 3]), "length": np.array([5.0, 7]), "success": np.array([1.0, 0])}
-    returns, lengths = "return 2 +- 1 (min 1, max 3)", "length 6 +- 1 (min 5, max 7)"
+    returns, lengths = "return 2.00 +- 1.00 (min 1.00, max 3.00)", "length 6.00 +- 1.00 (min 5.00, max 7.00)"
     assert ncdpo.describe({"exploring": values}) == f"    exploring: {returns}, {lengths}, success 50.0%"
     values["success"] = np.array([1.0, np.nan])  # one was cut off
     assert ncdpo.describe({"exploring": values}) == f"    exploring: {returns}, {lengths}"
@@ -2174,7 +2174,7 @@ def test_a_run_is_evaluated_with_other_fields(tmp_path, capsys):
     result = ncdpo.describe(ncdpo.evaluate(run, episodes=3, env="TinyEnds-v0", sampling_steps=2, noise_scale=0.5))
     flags = "--env TinyEnds-v0 --sampling-steps 2 --noise-scale 0.5 --episodes 3".split()
     assert main(["--evaluate", str(run), *flags]) == 0 and capsys.readouterr().out == result + "\n"
-    assert result.count("length 7 +-") == 3  # where it was trained an episode has 8 steps
+    assert result.count("length 7.00") == 3  # where it was trained an episode has 8 steps
     fields = [{}, dict(sampling_steps=2), dict(noise_scale=0.5)]
     exploring = [ncdpo.evaluate(run, episodes=3, **given)["exploring"]["return"].tolist() for given in fields]
     assert all(one != other for one, other in itertools.combinations(exploring, 2))
