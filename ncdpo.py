@@ -1102,7 +1102,7 @@ def evaluate(run, *, max_steps=100_000, **changed):
 
 def describe(result):
     """An evaluation as text."""
-    lines, number = [], lambda x: f"{x:.1f}" if abs(x) >= 100 else f"{x:#.3g}"
+    lines, number = [], lambda x: f"{x:.1f}" if abs(x) >= 99.95 else f"{x:#.3g}"
     for way, values in result.items():
         cells = [f"{what} {number(x.mean())} +- {number(x.std())} (min {number(x.min())}, max {number(x.max())})"
                  for what, x in values.items() if what != "success"]

@@ -336,12 +336,14 @@ def compare(folders, against, chosen, pool):
     if not any(cases.values()):
         raise SystemExit("curves: there are no such lines in such folders inside curves/, or only one of a task, or "
                          "two without a common seed")
-    for env, by_line in curves.items():
-        for line, curve in by_line.items():
+    for env in curves:
+        both = [*curves[env].items(), *(others.get(env, {}).items() if against else ())]
+        for line, curve in both:
             if np.isnan(final(curve)).any():
                 print(f"curves: no episode ended in the last tenth of a seed of {label(line)}, {env}", file=sys.stderr)
-        if len(last := {int(round(curve["step"].max(), -5)) for curve in by_line.values()}) > 1:
-            print(f"curves: lines of {env} end after different numbers of steps, some {sorted(last)}", file=sys.stderr)
+        last = sorted({int(curve["step"].max()) for _, curve in both})
+        if last[-1] > 1.05 * last[0]:
+            print(f"curves: lines of {env} end after different numbers of steps, {last}", file=sys.stderr)
     print(table(curves), ratio_table(cases, paired), sep="\n\n")
     if not (against or chosen or folders[1:]) and lines.keys() & LINES.keys():
         tuned = folders[0] in ("games-ft", "games-warm", "games-33") or folders[0].startswith(

@@ -182,7 +182,7 @@ class SeesChain(ncdpo.Trainer):
                     self.fit.zero_grad()
                     loss.backward()
                     self.fit.step()
-        self.fitted = True
+        self.fitted |= self.config.update_epochs > 0
         return batch, explained_variance
 
 

@@ -126,7 +126,7 @@ def main(arguments):
                 _, evaluated, resumed, _ = ncdpo.parse(arguments)
             except ncdpo.UserError as error:  # the first process says it, but of its own machine
                 if not LOCAL_RANK:
-                    print(f"ncdpo: {error}.", file=sys.__stderr__)
+                    print(f"ncdpo: {' '.join(str(error).split()).rstrip('.')}.", file=sys.__stderr__)
                 return 2
             if evaluated:
                 return 0
