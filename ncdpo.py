@@ -1102,7 +1102,8 @@ def evaluate(run, *, max_steps=100_000, **changed):
 
 def describe(result):
     """An evaluation as text."""
-    lines, number = [], lambda x: f"{x:.1f}" if abs(x) >= 99.95 else f"{x:#.3g}"
+    lines = []
+    number = lambda x: f"{x:.1f}" if abs(x) >= 99.95 else f"{x:#.3g}"  # returns may be small: three digits
     for way, values in result.items():
         cells = [f"{what} {number(x.mean())} +- {number(x.std())} (min {number(x.min())}, max {number(x.max())})"
                  for what, x in values.items() if what != "success"]
@@ -1192,7 +1193,7 @@ class Config:
 
     @classmethod
     def for_task(cls, env=None, **given):
-        """What is given; else what the run `init_from` has, but for its end, or a task's PRESETS and those above."""
+        """What is given; else what the run `init_from` has, but for length and folder, or else the task's PRESETS."""
         if env is not None:
             given["env"] = env
         if given.get("init_from") is not None:

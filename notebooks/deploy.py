@@ -32,9 +32,11 @@ class LoadedPolicy(nn.Module):
         self.agent, self.bounds, self.chunk, self.way = agent.requires_grad_(False), bounds, chunk, way
 
     def forward(self, obs):
-        rows, policy, S = torch.as_tensor(obs).double(), self.agent.policy, len(self.agent.obs_norm.mean)
+        policy, S = self.agent.policy, len(self.agent.obs_norm.mean)
+        rows = torch.as_tensor(obs).double()  # a bool cannot be normalised
         batched = obs.ndim > 1 and obs.shape[1:] == (S,)
-        rows = rows if batched else rows.reshape(1, S)
+        if not batched:
+            rows = rows.reshape(1, S)
         B, K, A = rows.shape[0], policy.K, policy.act_dim  # shape, as len would fix torch.export's B
         omega, noise = torch.zeros(B, K, A), torch.zeros(B, A)
         if self.way != "zero noise":

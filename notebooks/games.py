@@ -3,8 +3,8 @@
     python ncdpo.py --env "notebooks.games:football?n_blue_agents=3&n_red_agents=1" --num-envs 64
     python ncdpo.py --env "notebooks.games:balance?n_agents=3&continuous=1&critic=own"
 
-Any scenario whose agents share their spaces will do, but for road_traffic. Behind the question mark stand its
-arguments and
+Scenarios whose agents share their spaces will do, but for road_traffic. Behind the question mark are their arguments,
+and these:
     max_steps     steps after which an episode is truncated [200, football 500]
     continuous    1 for Box actions instead of Discrete ones [0]
     critic        joint (MAPPO) or own (IPPO): whose observations the critic sees [joint]

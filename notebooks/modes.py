@@ -388,7 +388,8 @@ def ends(policy, obs):
 
 def starts(trainer, decisions):
     """A batch of first decisions of episodes, under the policy as it is."""
-    parts, epochs = [], trainer.config.update_epochs
+    parts = []
+    epochs = trainer.config.update_epochs
     trainer.config.update_epochs = 0  # a critic that sees the chain learns nothing here, as the other one
     while sum(len(part["obs"]) for part in parts) < decisions:
         rollout = trainer.play()
