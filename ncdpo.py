@@ -410,7 +410,8 @@ class Trainer:
         self.updates = config.total_timesteps // self.batch_size
         if self.updates <= config.critic_warmup:
             raise UserError(f"--total-timesteps {config.total_timesteps} has no room for a rollout of "
-                            f"{self.batch_size} steps after a --critic-warmup of {config.critic_warmup}")
+                            f"{self.batch_size} steps after the {config.critic_warmup} of --critic-warmup: give "
+                            f"{self.batch_size * (config.critic_warmup + 1)} or more")
         self.obs = self.env.reset(config.seed)
         self.carry = self.so_far = 0.0  # of the episodes that go on: discounted return; return, length and success
         self.rows = []  # of metrics.csv, one for each update
@@ -537,7 +538,7 @@ class VectorEnv:
         obs = self.envs.reset(seeds.tolist() * repeat).to(self.device, copy=True)
         if obs.shape[1:] != (self.obs_dim,):
             raise UserError(f"{self.env_id} gave observations of shape {tuple(obs.shape[1:])}, but its "
-                            f"observation_space has {self.obs_dim} numbers: correct one of them")
+                            f"observation_space has {self.obs_dim} numbers: correct one (make_vec gives them flat)")
         return obs
 
     def step(self, action):
@@ -546,7 +547,11 @@ class VectorEnv:
         """
         action = to_task(action.to(self.envs.device), **self.bounds)
         # copies, as a simulator may write the next step into the same memory
-        obs, reward, *rest = (x.to(self.device, copy=True) for x in self.envs.step(action))
+        obs, reward, *rest = parts = [x.to(self.device, copy=True) for x in self.envs.step(action)]
+        N, S, shapes = self.num_envs, self.obs_dim, [tuple(x.shape) for x in parts]
+        if shapes != (wanted := [(N, S), (N, self.chunk), (N,), (N,), (N, S)]):
+            raise UserError(f"{self.env_id} gave obs, reward, terminated, truncated and final_obs of shapes {shapes}, "
+                            f"but they must be {wanted}")
         return obs, reward.to(torch.get_default_dtype()), *rest
 
 
@@ -568,7 +573,7 @@ def make_envs(env_id, num_envs, chunk, device, vector):
     module, _, name = env_id.partition(":")
     if name and not module:
         raise UserError(f"cannot make {env_id}: a task of your own is module:name")
-    with told(f"cannot make {env_id}", ImportError):
+    with told(f"cannot make {env_id} (a module stands beside ncdpo.py or on PYTHONPATH)", ImportError):
         make_vec = name and getattr(importlib.import_module(module), "make_vec", None)
     with told(f"cannot make {env_id}", ValueError, ImportError):
         own = make_vec(name, num_envs, device) if make_vec else None
@@ -636,15 +641,18 @@ class GymnasiumEnvs:
         rewards = np.full(self.chunk, np.nan)
         for i, part in enumerate(action.reshape(self.chunk, *self.action_space.shape)):
             obs, reward, terminated, truncated, info = task.step(part)
-            rewards[i] = np.asarray(reward).item()  # a task may give an array of one number
-            if not math.isfinite(rewards[i]):
-                raise UserError(f"{task.spec.id} gave the reward {reward}, which is not finite")
+            number = np.asarray(reward, float)  # a task may give an array of one number
+            if number.size != 1 or not np.isfinite(number).all():
+                raise UserError(f"{task.spec.id} gave the reward {reward}, which is not finite or not one number")
+            rewards[i] = number.item()
             if terminated or truncated:
                 break
         final_obs = flat(obs)
         if not (terminated or truncated):
             return final_obs, rewards, False, False, final_obs, np.float32(0)
-        success = np.float32(np.asarray(info.get("is_success", info.get("success", np.nan))).item())
+        success = info.get("is_success", info.get("success", np.nan))
+        with told(f"{task.spec.id} gave the success {success}, which is not one number", ValueError, TypeError):
+            success = np.float32(np.asarray(success).item())
         return flat(task.reset()[0]), rewards, bool(terminated), bool(truncated), final_obs, success
 
     def close(self):
@@ -983,7 +991,7 @@ def save_config(config, run):
 
 def reading(run):
     """Whatever a damaged file raises becomes a UserError."""
-    return told(f"'{run}' is damaged, or no run folder of this version of ncdpo.py", Exception, most=300)
+    return told(f"'{run}' is damaged, or no run folder of this ncdpo.py and its network", Exception, most=300)
 
 
 def load_config(run):

@@ -1231,6 +1231,22 @@ def test_a_reward_that_is_not_finite_is_told_with_the_name_of_the_task(own, chun
         env.step(torch.zeros(2, 2 * chunk))
 
 
+@pytest.mark.parametrize("reward, success, words", [
+    (np.arange(2), True, r"the reward \[0 1\], which is not finite or not one number"),
+    (1.0, "yes", "the success yes, which is not one number"), (1.0, np.ones(2), r"the success \[1. 1.\], which")])
+def test_a_reward_or_success_that_is_not_one_number_is_told(own, reward, success, words):
+    class Odd(Tiny):
+        def step(self, action):
+            obs, _, *ends, _ = super().step(action)
+            return obs, reward, *ends, {"success": success}
+
+    env = VectorEnv(name := own(Odd), 1, CPU)
+    env.reset(1)
+    with pytest.raises(UserError, match=f"{name} gave {words}"):
+        for _ in range(9):
+            env.step(torch.tensor([0]))
+
+
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_a_reward_may_be_an_array_of_one_number(own, chunk):
     class Odd(Tiny):
@@ -1269,8 +1285,9 @@ def test_an_error_in_ones_own_module_stays_what_it_is_but_a_missing_module_is_to
     (tmp_path / "mistaken.py").write_text("int('three')")
     with pytest.raises(ValueError, match="'three'"):
         VectorEnv("mistaken:MyTask-v0", 1, CPU)
-    for name, words in {"forgotten:MyTask-v0": "No module named 'forgotten'", ":MyTask-v0": "is module:name"}.items():
-        with pytest.raises(UserError, match=f"cannot make {name}: .*{words}"):
+    for name, words in {"forgotten:MyTask-v0": "on PYTHONPATH.*No module named 'forgotten'",
+                        ":MyTask-v0": "is module:name"}.items():
+        with pytest.raises(UserError, match=f"cannot make {name}.*{words}"):
             VectorEnv(name, 1, CPU)
 
 
@@ -1280,6 +1297,18 @@ def test_observations_of_another_size_than_the_tasks_space_are_refused(own, size
     env = VectorEnv(own(Tiny, observation_space=gym.spaces.Box(-1, 1, (size,))), 2, CPU)
     with pytest.raises(UserError, match=rf"of shape \(6,\), but its observation_space has {size} numbers"):
         env.reset(1)
+
+
+def test_observations_of_another_size_in_a_step_alone_are_refused(own):
+    class Odd(Tiny):
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return np.ravel(obs)[:1], *rest
+
+    env = VectorEnv(own(Odd), 2, CPU)
+    env.reset(1)
+    with pytest.raises(UserError, match=r"gave obs, reward.* of shapes \[\(2, 1\), .* must be \[\(2, 6\)"):
+        env.step(torch.tensor([0, 0]))
 
 
 class Worlds:
@@ -2865,6 +2894,7 @@ ROWS = np.arange(30)
 DAMAGES = [
     (dict(observations=np.zeros((30, 5))), "observations of"),
     (dict(actions=np.zeros((30, 3))), "actions of"),
+    (dict(observations=np.zeros((6, 30))), "observations of"), (dict(actions=np.zeros((2, 30))), "actions of"),
     (dict(terminations=np.zeros(29)), "terminations of"),
     (dict(observations=np.where(ROWS[:, None] == 11, np.nan, np.zeros((30, 6)))), "row 11"),
     (dict(rewards=np.where(ROWS == 4, np.inf, 0.0)), "row 4"),
@@ -3465,6 +3495,8 @@ def test_deploy_a_loaded_policy_acts_on_raw_observations_as_an_evaluation_does(t
     one = policy(obs[0])  # an observation of any shape and dtype, as the file trains with
     torch.testing.assert_close(policy(obs[0].view(-1, 1)), one)
     torch.testing.assert_close(policy(obs[0].view(2, -1)), one)
+    zero = deploy.load_policy(run)
+    torch.testing.assert_close(zero(obs.view(5, 2, -1)), zero(obs))
     torch.testing.assert_close(policy(obs[0] > 0), policy((obs[0] > 0).float()))
     with pytest.raises(UserError, match="way must be one of exploring, mean action, zero noise"):
         deploy.load_policy(run, "zero_noise")
@@ -4465,7 +4497,7 @@ def test_a_team_is_trained_recorded_and_cloned(games, demos, tmp_path, capsys, a
     history = ncdpo.train(config(env=env, algo=algo, total_timesteps=4 * 192, runs=str(tmp_path)))
     run = tmp_path / f"notebooks.games_coded__{algo}__1"
     assert history["step"].tolist() == [192, 384, 576, 768]  # of two worlds of three agents
-    with pytest.raises(UserError, match="191 has no room for a rollout of 192 steps"):
+    with pytest.raises(UserError, match="191 has no room for a rollout of 192 steps after the 0 .*: give 192 or more"):
         ncdpo.Trainer(config(env=env, algo=algo, total_timesteps=191))
     ended = [3 * (32 // 3), 3 * (32 // 4)]  # in the first update, by world
     assert history["episodes"][0] == sum(ended) and history["success"][0] == pytest.approx(ended[0] / sum(ended))

@@ -60,7 +60,7 @@ def load(source, env):
         raise UserError(f"{source} has demonstrations of {task}, not of {env.env_id}: give --env {task}")
     n, H, dims = demos["rewards"].size, env.chunk, 1 if env.discrete else env.act_dim // env.chunk
     for key, size in zip(DEMO_KEYS, (env.obs_dim, dims, 1, 1, 1)):
-        if demos[key].size != n * size or not n:
+        if demos[key].shape[:1] != (n,) or demos[key].size != n * size or not n:
             raise UserError(f"{key} of {source} have the shape {demos[key].shape}, but {n} steps of {env.env_id} need "
                             f"({n}, {size}): these are not demonstrations of this task")
         demos[key] = demos[key].reshape(n, size)
@@ -209,6 +209,8 @@ def main(arguments=None):
             raise UserError("--bc-steps and --bc-learning-rate must be above 0")
         if (line.likelihood_steps or 0) < 0:
             raise UserError("--likelihood-steps must be 0 or more")
+        if not Path(line.demos).is_file():
+            raise UserError(f"cannot read demonstrations from {line.demos}: no such file; give it first, then flags")
         config, evaluated, resumed, _ = ncdpo.parse(flags, PRESET)
         if evaluated or resumed or config.init_from:
             raise UserError("a clone is a new run: leave out --evaluate, --resume and --init-from")

@@ -2,10 +2,11 @@
 
     from notebooks.deploy import load_policy
     policy = load_policy("runs/HalfCheetah-v4__ncdpo__1")
-    action = policy(obs)                            # one observation or a batch; NumPy to NumPy, torch to torch
+    action = policy(obs)                            # of one observation or a batch, float64; of a clone a chunk (4, A)
     torch.export.export(policy, (obs,))             # the normaliser, the chain and the chunk are inside
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -34,9 +35,8 @@ class LoadedPolicy(nn.Module):
     def forward(self, obs):
         policy, S = self.agent.policy, len(self.agent.obs_norm.mean)
         rows = torch.as_tensor(obs).double()  # a bool cannot be normalised
-        batched = obs.ndim > 1 and obs.shape[1:] == (S,)
-        if not batched:
-            rows = rows.reshape(1, S)
+        batched = obs.ndim > 1 and math.prod(obs.shape[1:]) == S
+        rows = rows.flatten(1) if batched else rows.reshape(1, S)
         B, K, A = rows.shape[0], policy.K, policy.act_dim  # shape, as len would fix torch.export's B
         omega, noise = torch.zeros(B, K, A), torch.zeros(B, A)
         if self.way != "zero noise":
