@@ -432,7 +432,7 @@ class Trainer:
         row = ppo_update(self.loss, batch, self.optimizer, config.update_epochs, config.minibatch_size)
         if isinstance(self.agent.policy.head, Gaussian):
             row["sigma"] = self.agent.policy.head.log_std.exp().mean().item()
-            row["chain_std"] = chain_std(self.agent.policy, batch["obs"][::max(1, len(batch["obs"]) // 128)])
+            row["chain_std"] = chain_std(self.agent.policy, batch["obs"][::max(1, len(batch["obs"]) // 128 - 1)][:128])
         if not all(map(math.isfinite, [*row.values(), rollout["obs"].sum(), rollout["reward"][..., 0].sum()])):
             raise UserError(f"an observation, a reward or the loss is not finite in update {self.done + 1}; if it is "
                             "the loss, start anew with a lower --learning-rate")
@@ -1172,7 +1172,7 @@ class Config:
     predict: Literal["sample", "epsilon", "v"] = "sample"  # what the network predicts (E2, E3)
     eta: float = 1.0  # noise of the reverse chain (E4): 1 is DDPM, 0 is DDIM
     noise_scale: float = 1.0  # factor of all the chain's noise, x_K and sigma_k
-    clip_denoised: float = 1.0  # x_max: clip of the clean estimate at each step (E3)
+    clip_denoised: float = 1.0  # x_max: clip of the clean estimate at each step (E3), no gradient passes
     temperature: float = 0.1  # of the softmax over denoised logits (E8), for Discrete actions
     min_std: float = 0.1  # dppo: floor of each step's standard deviation (E15)
     gamma_denoising: float = 0.99  # dppo: discount per denoising step still to go (E15)
