@@ -299,6 +299,40 @@ def test_width_nonlinearity_and_sigma_are_those_of_the_configuration(algo):
         assert type(ncdpo.mlp(1, 2, 1, name, 1.0)[1]) is kind
 
 
+def test_cloning_draws_standard_normal_noise_and_every_level_equally_often(float64):
+    policy, seen = make_policy(denoising_steps=4), []
+    diffuse = policy.schedule.diffuse
+    policy.schedule.diffuse = lambda *given: seen.append(given) or diffuse(*given)
+    policy.bc_loss(torch.randn(40_000, 3), torch.randn(40_000, 2))
+    (_, k, eps), = seen
+    shares = torch.tensor([0, 0.25, 0.25, 0.25, 0.25])
+    torch.testing.assert_close(torch.bincount(k, minlength=5) / 40_000, shares, atol=0.011, rtol=0)
+    assert abs(eps.mean()) < 0.02 and abs(eps.var() - 1) < 0.03 and abs((eps**4).mean() - 3) < 0.2
+
+
+def test_defaults_that_no_preset_changes():
+    """The settings of every reported run that does not name them."""
+    c, default = ncdpo.Config(), lambda f, name: inspect.signature(f).parameters[name].default
+    assert (c.clip_coef, c.ent_coef, c.eta, c.noise_scale, c.clip_denoised, c.temperature) == (0.2, 0, 1, 1, 1, 0.1)
+    assert (c.gamma_denoising, c.mean_log_prob, c.episodes, c.total_timesteps) == (0.99, False, 10, 1_000_000)
+    assert [default(ncdpo.ppo_update, name) for name in ("epochs", "minibatch_size")] == [5, 512]
+    assert [default(ncdpo.DPPO, name) for name in ("min_std", "gamma_denoising")] == [0.1, 0.99]
+    assert default(ncdpo.ppo_loss, "ent_coef") == 0
+
+
+def test_the_optimizer_is_adam_but_for_its_epsilon():
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], eps=1e-5, fused=True)
+    optimizer = ncdpo.Trainer(config()).optimizer
+    assert type(optimizer) is torch.optim.Adam and optimizer.defaults == adam.defaults
+
+
+def test_a_row_has_the_means_over_the_episodes_that_ended(monkeypatch):
+    trainer = ncdpo.Trainer(config())
+    monkeypatch.setattr(trainer, "finished", lambda rollout: torch.tensor([[1.0, 3, 0], [2, 5, 1], [12, 40, 1]]))
+    row = trainer.iterate()
+    assert [row[name] for name in ("return", "length", "success", "episodes")] == pytest.approx([5, 16, 2 / 3, 3])
+
+
 def test_ppo_has_the_usual_constants_where_nobody_gives_others():
     default = lambda function, name: inspect.signature(function).parameters[name].default
     assert (default(ncdpo.ppo_loss, "vf_coef"), default(ncdpo.ppo_update, "max_grad_norm")) == (0.5, 0.5)
@@ -422,6 +456,18 @@ def test_E7_E8_likelihood_is_torchs_gaussian_and_softmax_around_the_mean(float64
         expected = expected if policy is choice else [term.sum(-1) for term in expected]
         torch.testing.assert_close(log_prob, expected[0])
         torch.testing.assert_close(policy.evaluate_actions(obs, action, omega)[1], expected[1])
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_E7_E8_gradient_of_the_entropy_is_torchs(float64, discrete):
+    policy, obs = make_policy(discrete=discrete, temperature=0.7), torch.randn(9, 3)
+    action, _, omega = policy.sample(obs)
+    mean = policy.mean(obs, omega)
+    end = Categorical(logits=mean / 0.7) if discrete else Normal(mean, policy.head.log_std.exp())
+    theta, how = [p for p in policy.parameters() if p.requires_grad], dict(allow_unused=True, materialize_grads=True)
+    ours = torch.autograd.grad(policy.evaluate_actions(obs, action, omega)[1].sum(), theta, **how)
+    torch.testing.assert_close(ours, torch.autograd.grad(end.entropy().sum(), theta, **how))
+    assert any(g.any() for g in ours)
 
 
 def test_E7_E8_actions_are_drawn_as_their_likelihood_says(float64):
@@ -909,7 +955,9 @@ def test_chain_std_is_measured_over_the_whole_rollout(batches, monkeypatch):
     measured = []
     monkeypatch.setattr(ncdpo, "chain_std", lambda policy, obs: measured.append(obs) or 0.25)
     ncdpo.Trainer(config(env="Pendulum-v1", num_steps=192, total_timesteps=384)).iterate()
-    assert torch.equal(measured[0], batches[0][0]["obs"][::3])
+    steps, copies = np.divmod((measured[0][:, None] == batches[0][0]["obs"]).all(2).float().argmax(1).numpy(), 2)
+    assert len(measured[0]) == 128 and (np.diff(steps) >= 0).all() and steps[0] == 0 and steps[-1] == 191
+    assert 0.3 < copies.mean() < 0.7  # of both environments
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -1500,6 +1548,30 @@ def both(env_id, num_envs=3, chunk=1, **changed):
         follow(env, batch, i)
     space, rng = singles[0].action_space, np.random.default_rng(1)
     return batch, singles, lambda: rng.uniform(space.low, space.high, (num_envs, chunk, len(space.low)))
+
+
+@batched
+@pytest.mark.parametrize("ages", [[0, 0, 0], [0, 1, 2], [0, 0, 1]])
+def test_each_batched_episode_starts_elsewhere(ages):
+    env = VectorEnv("Hopper-v5", 3, CPU)
+    starts, env.envs.limit = [env.reset(1)], 3
+    env.envs.age += torch.tensor(ages)
+    for _ in range(9):
+        obs, *_, truncated, _ = env.step(torch.zeros(3, 3))
+        starts.append(obs[truncated])
+    assert len(torch.cat(starts)[:, 0].unique()) == 3 + 9
+
+
+@batched
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Hopper-v5", "Walker2d-v4"])
+def test_coordinates_of_a_batched_start_are_independent(env_id):
+    batch = ncdpo.batched_envs(make_env(env_id), 4000, 1, CPU, "auto")
+    batch.reset([1])
+    z = torch.cat([batch.qpos - batch.first[0], batch.qvel - batch.first[1]], 1) / batch.env._reset_noise_scale
+    normal = torch.zeros(z.shape[1], dtype=torch.bool)
+    normal[batch.qpos.shape[1]:] = "Cheetah" in env_id
+    torch.testing.assert_close(z.T.cov(), torch.diag(torch.where(normal, 1.0, 1 / 3)).double(), atol=0.1, rtol=0)
+    assert (z.abs().amax(0)[~normal] <= 1).all() and (z.abs().amax(0)[normal] > 2.5).all()
 
 
 @batched
@@ -2118,6 +2190,31 @@ def test_evaluation_counts_first_episodes_and_leaves_the_heads_noise_out_where_i
         # a cart that is always pushed to the left falls within 11 steps
         assert (result[way]["length"].max() <= 11) == (way != "exploring")
     assert len(played) == max(result[way]["length"].max() for way in WAYS)
+
+
+def test_evaluation_plays_with_standard_noise_that_is_drawn_anew_each_step(tmp_path, monkeypatch):
+    run, _ = a_clone(tmp_path / "run", env="TinyWide-v0")
+    given, act = [], ncdpo.Agent.act
+    monkeypatch.setattr(ncdpo.Agent, "act", lambda agent, obs, *noise: (
+        given.append([x.clone() for x in noise]), act(agent, obs, *noise))[1])
+    ncdpo.evaluate(run, episodes=50)
+    omega, noise = (torch.stack(x) for x in zip(*given))  # (steps, 3 x 50, ...)
+    for drawn in (omega[:, :100], noise[:, :50]):
+        assert len(drawn.unique()) > 0.99 * drawn.numel() and abs(drawn.mean()) < 0.1 and abs(drawn.var() - 1) < 0.1
+    assert not noise[:, 50:].any() and not omega[:, 100:].any()
+
+
+def test_evaluation_tells_the_success_of_each_episode(own, tmp_path, monkeypatch):
+    class Told(Tiny):
+        def step(self, action):
+            return *super().step(action)[:4], {"success": self.start < 0.5}
+
+    run, _ = a_clone(tmp_path / "run", env=own(Told))
+    starts, reset = [], VectorEnv.reset
+    monkeypatch.setattr(VectorEnv, "reset", lambda *g, **more: starts.append(reset(*g, **more)) or starts[-1])
+    result = ncdpo.evaluate(run, episodes=8)
+    expected = (starts[0][:8, 0] < 0.5).float().tolist()
+    assert 0 < sum(expected) < 8 and all(result[way]["success"].tolist() == expected for way in WAYS)
 
 
 def test_evaluation_of_a_task_without_an_end_stops_at_max_steps(tmp_path):
@@ -4022,6 +4119,8 @@ def test_seeds_of_two_folders_are_put_together_with_their_own_evaluations(curves
     assert loaded["ncdpo"]["mean action"].tolist() == [100, 200, 300, 700, 800]
     assert "zero noise" not in loaded["ncdpo"] and "mean action" not in loaded["dppo"]  # not known of all seeds
     assert curves.load(tmp_path / "a")["Task-v0"]["ncdpo"]["zero noise"].tolist() == [5, 5, 5]
+    with pytest.raises(SystemExit, match="a/Task-v0__ncdpo.csv has seeds that another of these folders has"):
+        curves.load(tmp_path / "a", tmp_path / "a")  # which would count them twice
 
 
 def printed(curves, monkeypatch, capsys, line):
@@ -4229,6 +4328,12 @@ def test_every_interval_of_results_is_printed_by_its_commands(said):
     own_file = re.compile(r"\n## What noise-conditioning keeps.*?(?=\n## )", re.DOTALL)
     found = intervals(own_file.sub("", text))
     assert len(found) > 50 and set(found) - {KEPT} <= set(intervals("\n".join(said)))
+
+
+@pytest.mark.parametrize("names", [("dense", "mechanism"), ("mechanism", "dense")])
+def test_files_of_the_modes_that_have_no_table_in_common_are_told(names):
+    with pytest.raises(UserError, match="no table in common"):
+        modes.table(names)
 
 
 def test_every_interval_of_the_modes_is_a_rounding_of_one_that_their_tables_print():

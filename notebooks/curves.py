@@ -219,6 +219,8 @@ def load(*folders, only=None):
             ways = [way for way in ends[0] if way not in ("task", "line", "seed") and all(end.get(way) for end in ends)]
             curve |= {way: np.array([float(end[way]) for end in ends]) for way in ways}
             known = curves.setdefault(env, {}).get(line)
+            if known and np.isin(curve["seed"], known["seed"]).any():
+                raise SystemExit(f"curves: {path} has seeds that another of these folders has, too: give one alone")
             if known:
                 curve = {name: np.concatenate([known[name], curve[name]]) for name in curve if name in known}
             curves[env][line] = curve

@@ -24,8 +24,8 @@ WAYS = "exploring", "mean action", "zero noise"
 class LoadedPolicy(nn.Module):
     """Raw observations (S,) or (B, S) to actions of the task: NumPy to NumPy, torch to torch. load_policy makes it.
 
-    S counts all numbers of an observation, whatever its shape. Of a game with critic=joint it is all agents': an
-    agent's own first, as games.py tells.
+    S counts all numbers of an observation, whatever its shape; (1, S) is taken for a batch, which obs.ravel() is not.
+    Of a game with critic=joint it is all agents': an agent's own first, as games.py tells.
     """
 
     def __init__(self, agent, bounds, chunk, way):

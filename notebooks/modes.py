@@ -514,6 +514,8 @@ def table(names):
     """Means over the seeds of all runs of CSV files, and differences from the first, as Markdown."""
     found = {(name, *run): measures(curve) for name in names for run, curve in read(name).items()}
     columns = list(next(iter(found.values())))
+    if any(list(values) != columns for values in found.values()):
+        raise ncdpo.UserError("files of `run` and of `mechanism` have no table in common: give them one by one")
     rows = ["| | | | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 4) + "|"]
     for run, values in found.items():
         cells = [str(len(values[columns[0]])), *(mean(values[column]) for column in columns)]

@@ -114,7 +114,7 @@ def cell(point, low, high, seeds):
     """A ratio as text, with so many digits that one sees on which side of 1 or 0.9 it is."""
     if np.isnan(point):
         return ""
-    digits = [next((n for n in (2, 3, 4) if round(x, n) not in (0.9, 1)), 3) for x in (point, low, high)]
+    digits = [next((n for n in range(2, 8) if round(x, n) not in (0.9, 1)), 3) for x in (point, low, high)]
     point, *ends = (f"{x:.{n}f}" for x, n in zip((point, low, high), digits))
     verdict = word(low, high, seeds)
     return f"{point} [{', '.join(ends)}]" + (f" **{verdict}**" if verdict else "")
