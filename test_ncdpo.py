@@ -2938,8 +2938,8 @@ def script(name):
     return module
 
 
-SCRIPTS = "demos", "film", "curves", "health", "e16", "moving", "speed", "plots", "toy", "verdicts"
-demos, film, curves, health, e16, moving, speed, plots, toy, verdicts = map(script, SCRIPTS)
+SCRIPTS = "demos", "film", "curves", "health", "e16", "moving", "unclipped", "speed", "plots", "toy", "verdicts"
+demos, film, curves, health, e16, moving, unclipped, speed, plots, toy, verdicts = map(script, SCRIPTS)
 
 
 def scripts_complaint(capsys, script, *line):
@@ -3242,6 +3242,21 @@ def test_moving_statistics_are_those_of_the_demonstrations_and_the_rollouts(clon
     trainer.make_batch(rollout)
     norm.update(rollout["obs"].flatten(0, 1))
     assert same(norm.state_dict(), trainer.agent.obs_norm.state_dict())
+
+
+@pytest.mark.parametrize("predict", ["sample", "epsilon", "v"])
+def test_a_chain_whose_last_step_is_not_clipped_is_the_usual_one_before(unclipped, predict):
+    usual, free = (kind(6, predict, clip=0.5, sampling_steps=4) for kind in (ncdpo.Schedule, unclipped.Unclipped))
+    output, x = torch.randn(5, 4, 2).requires_grad_(), torch.randn(5, 4, 2)
+    unbounded = ncdpo.Schedule(6, predict, clip=1e6, sampling_steps=4)
+    for k in range(4, 1, -1):
+        assert torch.equal(free.clean(output, x, k), usual.clean(output, x, k)) and free.clip == 0.5
+    last = free.clean(output, x, 1)
+    assert torch.equal(last, unbounded.clean(output, x, 1)) and last.abs().max() > 0.5
+    assert torch.autograd.grad(last.sum(), output)[0].all()
+    each = free.clean(output, x, torch.arange(4, 0, -1).expand(5, -1))  # as DPPO's
+    for i in range(4):
+        torch.testing.assert_close(each[:, i], free.clean(output[:, i], x[:, i], 4 - i))
 
 
 def test_init_from_goes_on_in_another_task_of_the_same_spaces_and_refuses_one_of_others(clone):

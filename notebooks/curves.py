@@ -40,7 +40,7 @@ ALGORITHMS = {"ncdpo": "NCDPO", "ppo": "MLP+PPO", "dppo": "DPPO"}
 LINES = {**ALGORITHMS, "ncdpo-quiet": "NCDPO, quieter", "dppo-quiet": "DPPO, quieter",  # of tables and figures
          "dppo-1e-3": "DPPO, rate 1e-3", "dppo-official": "DPPO, its authors' settings",
          "ncdpo-sample": 'NCDPO, "sample"', "dppo-sample": 'DPPO, "sample"', "dppo-matched": "DPPO, matched noise",
-         "ncdpo-std0.05": "NCDPO, sigma 0.05", "ncdpo-cut": "NCDPO, cut",
+         "ncdpo-std0.05": "NCDPO, sigma 0.05", "ncdpo-cut": "NCDPO, cut", "ncdpo-unclipped": "NCDPO, unclipped",
          "ncdpo-warm": "NCDPO, warm clone", "dppo-warm": "DPPO, warm clone", "dppo-5e-4": "DPPO, rate 5e-4",
          "ppo-e01": "MLP+PPO, bonus 0.01", "dppo-e01": "DPPO, bonus 0.01"}
 FIRST = {"ncdpo": ("#c1272d", "-"), "ppo": ("#0000a7", "--"), "dppo": ("#777777", ":")}
