@@ -432,8 +432,9 @@ class Trainer:
         row = ppo_update(self.loss, batch, self.optimizer, config.update_epochs, config.minibatch_size)
         if isinstance(self.agent.policy.head, Gaussian):
             row["sigma"] = self.agent.policy.head.log_std.exp().mean().item()
-            some = torch.linspace(0, len(batch["obs"]) - 1, 128, device=self.device).long()
-            row["chain_std"] = chain_std(self.agent.policy, batch["obs"][some])
+            seen = batch["obs"]
+            some = torch.linspace(0, len(seen) - 1, min(128, len(seen)), device=self.device).long()
+            row["chain_std"] = chain_std(self.agent.policy, seen[some])
         if not all(map(math.isfinite, [*row.values(), rollout["obs"].sum(), rollout["reward"][..., 0].sum()])):
             raise UserError(f"an observation, a reward or the loss is not finite in update {self.done + 1}; if it is "
                             "the loss, start anew with a lower --learning-rate")

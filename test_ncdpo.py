@@ -2395,7 +2395,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with C
     (["--num-envs", "2", "--minibatch-size", "1", "--total-timesteps", "64"], "--minibatch-size"),
     (["--num-envs", "1", "--num-steps", "1", "--total-timesteps", "64"], "--num-steps"),  # nothing to normalise by
     (["--critic-warmup", "9"], "--critic-learning-rate"),
-    (["--critic-warmup", "9", "--critic-learning-rate", "1e-3", "--total-timesteps", "8192"], "--critic-warmup of 9"),
+    (["--critic-warmup", "9", "--critic-learning-rate", "1e-3", "--total-timesteps", "8192"], "9 of --critic-warmup: give 20480"),
     (["--algo", "sac"], "--algo"),
     (["--momentum", "0.9"], "--momentum"),
     (["--total", "5000"], "--total"),  # an abbreviation would be guessed
