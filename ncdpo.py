@@ -305,7 +305,7 @@ def advantages(reward, value, final_value, terminated, ended, gamma, gae_lambda)
     and the trace is cut at both (ended = terminated or truncated; both are bools). gamma and gae_lambda are factors per
     decision; gamma may be a tensor. V(s) will do without omega: given omega the score's mean is 0, and V cancels.
     """
-    A = reward + gamma * ~terminated * final_value - value  # delta; the loop adds what follows
+    A = reward + gamma * final_value.masked_fill(terminated, 0) - value  # delta; the loop adds what follows
     keep = gamma * gae_lambda * ~ended
     for t in range(len(A) - 2, -1, -1):
         A[t] += keep[t] * A[t + 1]
@@ -314,7 +314,7 @@ def advantages(reward, value, final_value, terminated, ended, gamma, gae_lambda)
 
 def clipped_objective(log_ratio, A, clip):
     """PPO's clipped objective (E12) of log ratios and advantages of one shape; and the fraction of clipped ratios."""
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=20).exp()  # exp(89) is infinite, and the gradient would not be a number
     objective = torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
     return objective, ((ratio - 1).abs() > clip).float().mean()
 
@@ -324,15 +324,15 @@ def ppo_loss(policy, critic, obs, action, latent, log_prob, advantage, target, c
     """PPO's loss on a minibatch and a dictionary of diagnostics.
 
     obs (B, S) normalised; action, log_prob (B,) and latent (NCDPO's omega) as policy.act gave them; advantage, which is
-    made standard within the minibatch if norm_adv, and target for the critic, (B,). With `coordinates` d the clip is
-    of r^(1/d). A policy may bring an `objective` of its own for M ratios a decision, log_prob (B, M).
+    made standard within the minibatch (of two or more) if norm_adv, and target for the critic, (B,). With `coordinates`
+    d the clip is of r^(1/d). A policy may bring an `objective` of its own for M ratios a decision, log_prob (B, M).
     """
     new_log_prob, entropy = policy.evaluate_actions(obs, action, latent)
     log_ratio = new_log_prob - log_prob  # one for each decision; omega's density has no theta and cancels (E11)
     A = (advantage - advantage.mean()) / (advantage.std() + 1e-8) if norm_adv else advantage
 
     objective, clipped = getattr(policy, "objective", clipped_objective)(log_ratio / coordinates, A, clip_coef)
-    kl = (log_ratio.exp() - 1 - log_ratio).sum() / len(obs)  # Schulman's k3, over all decisions of an action
+    kl = (log_ratio.clamp(max=20).exp() - 1 - log_ratio).sum() / len(obs)  # Schulman's k3, over all of an action
     value_loss = 0.5 * F.mse_loss(critic(obs).squeeze(-1), target)
     entropy = entropy.mean()
     loss = -objective + vf_coef * value_loss - ent_coef * entropy

@@ -706,6 +706,20 @@ def test_advantages_are_the_discounted_sum_of_td_errors_within_an_episode(float6
         assert A[t, n].item() == pytest.approx(float(expected))
 
 
+def test_advantages_do_not_ask_what_follows_a_termination(float64):
+    reward, value, final_value, terminated, ended = random_rollout()
+    A = ncdpo.advantages(reward, value, final_value, terminated, ended, 0.9, 0.8)
+    unknown = final_value.masked_fill(terminated, math.nan)  # of a simulator that diverged
+    assert torch.equal(ncdpo.advantages(reward, value, unknown, terminated, ended, 0.9, 0.8), A)
+
+
+def test_E12_ratios_beyond_what_a_float_holds_leave_the_gradient_finite():
+    log_ratio = torch.tensor([100.0, 100.0, -200.0, -200.0], requires_grad=True)
+    objective, clipped = ncdpo.clipped_objective(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
+    gradient, = torch.autograd.grad(objective, log_ratio)
+    assert objective.isfinite() and clipped == 1 and (gradient == 0).all()
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_E11_E12_E15_ppo_loss_is_the_clipped_objective(float64, algo):
     c = config(algo=algo, denoising_steps=3, gamma_denoising=0.5)

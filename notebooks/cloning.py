@@ -72,8 +72,9 @@ def load(source, env):
         extreme = f", {(np.abs(action) > 0.999).mean():.0%} of the actions at a bound"
     good = np.isfinite(np.hstack(list(demos.values()))).all(1) & inside
     if not good.all():
-        raise UserError(f"row {good.argmin()} of {source} has a number that is not finite or an action outside of the "
-                        f"task's space: scale them, or drop that episode; it is {demos['actions'][good.argmin()]}")
+        raise UserError(f"row {good.argmin()} of {source} has a number that is not finite or an action outside of "
+                        "the task's space: clip or scale it, or drop that episode; the action is "
+                        f"{demos['actions'][good.argmin()]}")
     end = (demos["terminations"] + demos["truncations"] > 0).squeeze(1)
     episode = np.cumsum(end) - end  # the number of each row's episode
     start = np.flatnonzero(episode[H - 1:] == episode[:max(0, n + 1 - H)])
